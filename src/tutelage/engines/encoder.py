@@ -1,0 +1,60 @@
+"""Sentence embeddings from the embedded MiniLM encoder, or any directory of the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from tutelage.engines import weights
+from tutelage.errors import ModelError
+
+__all__ = ["Encoder"]
+
+
+class Encoder:
+    """Mean-pooled, unit-length sentence embeddings.
+
+    Args:
+        spec: The embedded name, or a directory with a BERT-like encoder in safetensors.
+
+    Raises:
+        ModelError: The encoder cannot be loaded.
+    """
+
+    def __init__(self, spec: str = weights.EMBEDDED_ENCODER) -> None:
+        import transformers
+
+        folder = weights.locate(spec) if spec == weights.EMBEDDED_ENCODER else Path(spec)
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+            self._model = transformers.AutoModel.from_pretrained(
+                str(folder), use_safetensors=True, trust_remote_code=False
+            ).eval()
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"no sentence encoder could be read from {folder}",
+                expected="a directory with config.json, tokenizer and model.safetensors",
+                fix="run `tutelage fetch`, or check feedback.encoder in the recipe",
+            ) from error
+        self._known: dict[str, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], *, batch: int = 64) -> torch.Tensor:
+        """(texts, dimensions) float32 rows of length one; an equal text is computed once.
+
+        A text of control characters or nothing still gets a row.
+        """
+        # Short texts together: little padding. Each distinct text is computed in a fixed order.
+        missing = sorted({t for t in texts if t not in self._known}, key=lambda t: (len(t), t))
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            tokens = self._tokenizer(part, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            states = self._model(**tokens).last_hidden_state
+            keep = tokens["attention_mask"][..., None].to(states.dtype)
+            pooled = (states * keep).sum(1) / keep.sum(1).clamp_min(1.0)
+            for text, row in zip(part, F.normalize(pooled, dim=-1), strict=True):
+                self._known[text] = row
+        return torch.stack([self._known[t] for t in texts]) if texts else torch.zeros(0, 384)

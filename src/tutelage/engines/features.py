@@ -1,0 +1,127 @@
+"""Frozen features of prompts: hidden states of the model's own trunk, read at several depths.
+
+They are what a critic's heads stand on. Middle layers know more about a question than the last,
+which already thinks of the next token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+
+from tutelage.engines.attention import AttentionPlan, attention_plan
+from tutelage.engines.load import LanguageModel
+from tutelage.engines.packing import Group, pack
+from tutelage.errors import ModelError
+
+__all__ = ["Probe", "Reading", "read_trunk"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Where a head reads: `depth` as a share of the layers, pooled over the prompt or at its end."""
+
+    depth: float
+    pool: Literal["mean", "last"]
+
+
+@dataclasses.dataclass
+class Reading:
+    """What one pass over prompts gave.
+
+    Args:
+        probes: One (prompts, hidden) float32 matrix a probe.
+        inputs: What each watched linear layer received at the prompt's last token, by module path;
+            layers fed by the same tensor share one matrix.
+    """
+
+    probes: list[torch.Tensor]
+    inputs: dict[str, torch.Tensor]
+
+
+@torch.inference_mode()
+def read_trunk(
+    lm: LanguageModel,
+    prompts: Sequence[tuple[int, ...]],
+    probes: Sequence[Probe],
+    *,
+    watch: Mapping[str, torch.nn.Module] | None = None,
+    budget: int = 512,
+) -> Reading:
+    """Read probes and, with `watch`, the inputs of linear layers, all in one pass.
+
+    A `mean` probe pools over the tokens that are the prompt's own (what all prompts share is left
+    out). Without `watch` the pass stops at the deepest probe.
+    """
+    wanted = [min(lm.layers - 1, round(p.depth * lm.layers)) for p in probes]
+    caught: dict[int, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
+    deepest = None if watch else max(wanted)
+    handles = [_watch(layer, index, caught, deepest) for index, layer in _layers(lm) if index in set(wanted)]
+    handles += [module.register_forward_pre_hook(_keep_input(path, seen)) for path, module in (watch or {}).items()]
+    rows: list[list[torch.Tensor]] = [[] for _ in probes]
+    inputs: dict[str, list[torch.Tensor]] = {}
+    twins: dict[str, str] = {}
+    try:
+        for part in pack([Group(p, (), ()) for p in prompts], budget=budget):
+            plan = AttentionPlan(mask_TT=part.mask_TT.to(lm.device))
+            with attention_plan(plan), contextlib.suppress(_DeepEnough):  # layers above are not needed
+                lm.hidden(part.tokens_T[None], part.position_T[None])
+            twins = twins or _twins(seen)
+            for path in set(twins.values()):
+                states = seen[path].reshape(-1, seen[path].shape[-1])
+                inputs.setdefault(path, []).append(states[list(part.prompt_end)].float().cpu())
+            seen.clear()
+            for n, (probe, index) in enumerate(zip(probes, wanted, strict=True)):
+                states = caught[index]
+                if probe.pool == "last":
+                    rows[n].append(states[list(part.prompt_end)])
+                else:
+                    rows[n].append(torch.stack([states[a:b].mean(0) for a, b in part.prompt_spans]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    whole = {path: torch.cat(parts) for path, parts in inputs.items()}
+    return Reading([torch.cat(r).float().cpu() for r in rows], {path: whole[twin] for path, twin in twins.items()})
+
+
+def _twins(seen: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Each path, and the first path that was fed the very same tensor."""
+    first: dict[int, str] = {}
+    return {path: first.setdefault(tensor.data_ptr(), path) for path, tensor in seen.items()}
+
+
+def _keep_input(path: str, seen: dict[str, torch.Tensor]) -> Any:
+    def keep(_module: Any, args: tuple[Any, ...]) -> None:
+        seen[path] = args[0]
+
+    return keep
+
+
+class _DeepEnough(Exception):
+    """Leaves the forward pass early; never seen outside this file."""
+
+
+def _layers(lm: LanguageModel) -> list[tuple[int, Any]]:
+    for module in lm.body.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == lm.layers:
+            return list(enumerate(module))
+    raise ModelError(
+        f"the layers of {lm.name} could not be found",
+        expected=f"a list of {lm.layers} modules",
+        fix="choose another model",
+    )
+
+
+def _watch(layer: Any, index: int, caught: dict[int, torch.Tensor], deepest: int | None) -> Any:
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        caught[index] = states.reshape(-1, states.shape[-1])
+        if index == deepest:
+            raise _DeepEnough
+
+    return layer.register_forward_hook(keep)

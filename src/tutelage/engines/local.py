@@ -1,0 +1,253 @@
+"""The in-process engine: shared prefixes once, preallocated memory, continuous refill.
+
+The prompt is computed once for all its samples, and what all prompts share once for all prompts.
+Rows of the decoding batch that finish are given to the next sample at once.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from tutelage.engines.attention import AttentionPlan, KeyValueMemory, attention_plan
+from tutelage.engines.load import LanguageModel
+from tutelage.engines.packing import Group, Pack, pack
+from tutelage.engines.sampling import draw
+from tutelage.records import Generation, Prompt, SamplerSettings, content_hash
+
+__all__ = ["LocalCompleter"]
+
+
+@dataclasses.dataclass
+class _Job:
+    """One sample to be drawn; `prefix` names the prompt whose keys and values it starts from."""
+
+    prompt: int
+    sample: int
+    uniforms: np.ndarray
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logps: list[float] = dataclasses.field(default_factory=list)
+    finished: bool = False
+
+
+@dataclasses.dataclass
+class _Prefix:
+    """Keys and values of a computed prompt: layer -> (kv_heads, length, head_dim), and its next logits."""
+
+    length: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    logits_V: torch.Tensor
+    waiting: int
+
+
+class LocalCompleter:
+    """Answers prompts with a `LanguageModel` in this process.
+
+    Args:
+        lm: The model.
+        rows: Decoding batch size.
+        prefill_budget: Tokens a prefill pass may hold.
+    """
+
+    def __init__(self, lm: LanguageModel, *, rows: int = 64, prefill_budget: int = 512) -> None:
+        self.lm = lm
+        self.rows = rows
+        self.prefill_budget = prefill_budget
+        self._memory: KeyValueMemory | None = None
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        settings: SamplerSettings,
+        seed: int,
+        version: str,
+        opening: Sequence[str] | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> list[list[Generation]]:
+        """Draw `samples` replies to each prompt.
+
+        Args:
+            prompts: P conversations.
+            samples: G, replies a prompt.
+            settings: How tokens are drawn.
+            seed: Decides the draws, together with prompt id and sample number.
+            version: Name of the policy's weights, kept in each record.
+            opening: Optional text each reply must begin with, one a prompt; it is part of the
+                returned text, not of `tokens`.
+            progress: Called with the number of newly finished replies.
+
+        Returns:
+            P lists of G generations, in order.
+
+        Raises:
+            InputError: A prompt does not fit into the context.
+        """
+        openings = list(opening) if opening is not None else [""] * len(prompts)
+        encoded = [
+            self.lm.encode(p, room=settings.max_new_tokens) + self._opening(o)
+            for p, o in zip(prompts, openings, strict=True)
+        ]
+        jobs = [
+            _Job(p, g, _uniforms(seed, prompt.id, g, settings.max_new_tokens))
+            for p, prompt in enumerate(prompts)
+            for g in range(samples)
+        ]
+        if jobs:
+            self._run(jobs, encoded, samples, settings, progress)
+        table: list[list[Generation]] = [[] for _ in prompts]
+        for job in jobs:
+            prompt = prompts[job.prompt]
+            lead = openings[job.prompt]
+            text = self.lm.decode(job.tokens)
+            table[job.prompt].append(
+                Generation(
+                    id=content_hash([version, seed, prompt.id, prompt.hash, lead, job.sample]),
+                    prompt_id=prompt.id,
+                    sample=job.sample,
+                    text=f"{lead} {text}".strip() if lead else text,
+                    tokens=tuple(job.tokens),
+                    logps=tuple(job.logps),
+                    finished=job.finished,
+                    settings=settings,
+                    policy_version=version,
+                    seed=seed,
+                )
+            )
+        return table
+
+    def _opening(self, text: str) -> tuple[int, ...]:
+        return tuple(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+    def _run(
+        self,
+        jobs: list[_Job],
+        encoded: list[tuple[int, ...]],
+        samples: int,
+        settings: SamplerSettings,
+        progress: Callable[[int], None],
+    ) -> None:
+        # Longest prompts first: rows that run together then have similar lengths.
+        order = sorted(range(len(encoded)), key=lambda p: (-len(encoded[p]), p))
+        groups = [Group(encoded[p], (), ()) for p in order]
+        packs = collections.deque(pack(groups, budget=self.prefill_budget))
+        capacity = max(len(e) for e in encoded) + settings.max_new_tokens
+        memory = self._take_memory(min(self.rows, len(jobs)), capacity)
+        by_prompt: dict[int, list[_Job]] = collections.defaultdict(list)
+        for job in jobs:
+            by_prompt[job.prompt].append(job)
+        queue: collections.deque[tuple[_Job, _Prefix]] = collections.deque()
+        taken = 0
+        batch = _Batch(self.lm, memory, settings)
+        while queue or packs or batch.jobs:
+            while len(batch.jobs) < memory.rows and (queue or packs):
+                if not queue:
+                    fresh = packs.popleft()
+                    for prefix in self._prefill(fresh, samples):
+                        queue.extend((job, prefix) for job in by_prompt[order[taken]])
+                        taken += 1
+                batch.admit(*queue.popleft())
+            progress(batch.step())
+
+    def _take_memory(self, rows: int, capacity: int) -> KeyValueMemory:
+        held = self._memory
+        if held is None or held.rows != rows or held.capacity < capacity:
+            self._memory = held = KeyValueMemory(rows, -(-capacity // 32) * 32)
+        return held
+
+    def _prefill(self, fresh: Pack, samples: int) -> list[_Prefix]:
+        plan = AttentionPlan(mask_TT=fresh.mask_TT.to(self.lm.device), capture=True)
+        with attention_plan(plan):
+            hidden = self.lm.hidden(fresh.tokens_T[None], fresh.position_T[None])[0]
+        logits = hidden[list(fresh.prompt_end)] @ self.lm.head_VD.T
+        prefixes = []
+        for (start, end), row in zip(fresh.prompt_spans, logits, strict=True):
+            layers = {
+                index: (
+                    torch.cat([k[:, : fresh.root], k[:, start:end]], 1),
+                    torch.cat([v[:, : fresh.root], v[:, start:end]], 1),
+                )
+                for index, (k, v) in plan.captured.items()
+            }
+            prefixes.append(_Prefix(fresh.root + end - start, layers, row, samples))
+        return prefixes
+
+
+def _uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
+    """The numbers that decide one sample, whatever shares its batch."""
+    digest = int(content_hash([seed, prompt_id, sample]), 16)
+    return np.random.Generator(np.random.Philox(digest)).random(count, dtype=np.float32)
+
+
+class _Batch:
+    """Rows that decode together. Row i of the key-value memory belongs to `jobs[i]`."""
+
+    def __init__(self, lm: LanguageModel, memory: KeyValueMemory, settings: SamplerSettings) -> None:
+        self.lm, self.memory, self.settings = lm, memory, settings
+        self.jobs: list[_Job] = []
+        self.lengths: list[int] = []  # tokens already in memory, a row
+        self._fresh: list[tuple[int, torch.Tensor]] = []  # rows whose next logits are known
+
+    def admit(self, job: _Job, prefix: _Prefix) -> None:
+        """Give a free row to `job`, starting from its prompt's keys and values."""
+        row = len(self.jobs)
+        for index, (k, v) in prefix.layers.items():
+            keys, values = self.memory.layer(index, k[None])
+            keys[row, :, : prefix.length] = k
+            values[row, :, : prefix.length] = v
+        self.jobs.append(job)
+        self.lengths.append(prefix.length)
+        self._fresh.append((row, prefix.logits_V))
+
+    def step(self) -> int:
+        """Draw one token in every row; free finished rows. Returns how many finished."""
+        old = len(self.jobs) - len(self._fresh)
+        logits = torch.stack([row for _, row in self._fresh]) if self._fresh else None
+        if old:
+            stepped = self._forward(old)
+            logits = stepped if logits is None else torch.cat([stepped, logits])
+        assert logits is not None
+        self._fresh = []
+        uniform = torch.tensor([job.uniforms[len(job.tokens)] for job in self.jobs], device=logits.device)
+        tokens, logps = draw(logits, uniform, self.settings)
+        for job, token, logp in zip(self.jobs, tokens.tolist(), logps.tolist(), strict=True):
+            job.tokens.append(token)
+            job.logps.append(logp)
+            job.finished = token in self.lm.stop_tokens
+        return self._retire()
+
+    def _forward(self, count: int) -> torch.Tensor:
+        """Logits of the first `count` rows after the token each of them drew last."""
+        device = self.lm.device
+        lengths = torch.tensor(self.lengths[:count], device=device)
+        last = torch.tensor([job.tokens[-1] for job in self.jobs[:count]], device=device)
+        reach = int(max(self.lengths[:count])) + 1
+        seen = torch.arange(reach, device=device)[None] <= lengths[:, None]
+        plan = AttentionPlan(
+            memory=self.memory, rows_B=torch.arange(count, device=device), slots_B=lengths, seen_BT=seen
+        )
+        with attention_plan(plan):
+            hidden = self.lm.hidden(last[:, None], lengths[:, None])[:, 0]
+        for row in range(count):
+            self.lengths[row] += 1
+        return hidden @ self.lm.head_VD.T
+
+    def _retire(self) -> int:
+        limit = self.settings.max_new_tokens
+        done = [i for i, job in enumerate(self.jobs) if job.finished or len(job.tokens) >= limit]
+        for row in reversed(done):
+            tail = len(self.jobs) - 1
+            if row != tail:  # the last row moves into the hole, so rows stay contiguous
+                for store in (self.memory.keys, self.memory.values):
+                    for tensor in store.values():
+                        tensor[row, :, : self.lengths[tail]] = tensor[tail, :, : self.lengths[tail]]
+                self.jobs[row], self.lengths[row] = self.jobs[tail], self.lengths[tail]
+            self.jobs.pop()
+            self.lengths.pop()
+        return len(done)

@@ -1,0 +1,185 @@
+"""The workbench of a run: everything a round works with, built once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tutelage.config import Recipe
+from tutelage.engines.batch import Objective
+from tutelage.engines.load import LanguageModel
+from tutelage.engines.local import LocalCompleter
+from tutelage.engines.packing import Group
+from tutelage.errors import StoreError
+from tutelage.feedback.panel import Panel
+from tutelage.objectives.constrained import PidMultiplier
+from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, advantages_rloo
+from tutelage.policy.learner import Learner, Scores, score
+from tutelage.policy.lora import Adapter
+from tutelage.records import Generation, Progress, Prompt, content_hash
+from tutelage.store.runs import Run
+
+__all__ = ["Silent", "Workbench", "derive_seed"]
+
+
+class Silent:
+    """A progress that says nothing."""
+
+    def stage(self, name: str, total: int, unit: str) -> None:
+        """Nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Nothing."""
+
+    def figures(self, **values: float | str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
+def derive_seed(*parts: object) -> int:
+    """A 31-bit seed that depends on nothing but `parts`; so a repeated unit repeats itself."""
+    return int(content_hash([str(p) for p in parts]), 16) % (2**31)
+
+
+@dataclasses.dataclass
+class Workbench:
+    """Model, adapter, panel and learner of one run, with what a checkpoint must keep."""
+
+    run: Run
+    lm: LanguageModel
+    adapter: Adapter
+    panel: Panel
+    progress: Progress
+    version: str = "start"
+    multiplier: PidMultiplier = dataclasses.field(init=False)
+    completer: LocalCompleter = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        c = self.recipe.constraint
+        self.multiplier = PidMultiplier(c.limit, c.kp, c.ki, c.kd, c.maximum)
+        self.completer = LocalCompleter(self.lm, rows=self.recipe.sampling.rows)
+        self.learner = self._new_learner(self.recipe.update.learning_rate)
+        self._encoded: dict[str, tuple[int, ...]] = {}
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's resolved recipe."""
+        return self.run.recipe
+
+    def _new_learner(self, learning_rate: float) -> Learner:
+        u = self.recipe.update
+        return Learner(
+            self.lm,
+            self.adapter,
+            learning_rate=learning_rate,
+            budget=u.token_budget,
+            max_grad_norm=u.max_grad_norm,
+        )
+
+    def restart_learner(self, learning_rate: float) -> None:
+        """Fresh optimiser: the supervised stage's moments do not fit the policy gradient's scale."""
+        self.learner = self._new_learner(learning_rate)
+
+    def objective(self) -> tuple[Objective, Callable[[torch.Tensor], torch.Tensor]]:
+        """The recipe's objective and its advantage."""
+        u = self.recipe.update
+        if u.objective == "rloo":
+            return Rloo(u.clip, u.kl), advantages_rloo
+        return Grpo(u.clip, u.kl), advantages_grpo
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Tokens of a prompt, kept."""
+        if prompt.hash not in self._encoded:
+            self._encoded[prompt.hash] = self.lm.encode(prompt, room=self.recipe.sampling.max_new_tokens)
+        return self._encoded[prompt.hash]
+
+    def frozen_scores(
+        self, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], *, attention: bool
+    ) -> Scores:
+        """One pass of the start model over the replies: reference log-probs and attention together."""
+        groups, row = [], 0
+        for prompt, replies in zip(prompts, replies_PG, strict=True):
+            groups.append(
+                Group(
+                    self.encode(prompt),
+                    tuple(r.tokens for r in replies),
+                    tuple(range(row, row + len(replies))),
+                )
+            )
+            row += len(replies)
+        with self.adapter.off():
+            return score(
+                self.lm,
+                groups,
+                budget=self.recipe.update.token_budget,
+                attention=attention,
+                temperature=self.recipe.sampling.temperature,
+            )
+
+    def pick(self, prompts: Sequence[Prompt], count: int, number: int) -> list[Prompt]:
+        """A round's prompts: a walk through shuffled passes over all, the same for the same seed."""
+        order: list[int] = []
+        turn = 0
+        while len(order) < number * count:
+            one = list(range(len(prompts)))
+            random.Random(derive_seed(self.recipe.seed, "order", turn)).shuffle(one)  # noqa: S311
+            order += one
+            turn += 1
+        return [prompts[i] for i in order[(number - 1) * count : number * count]]
+
+    def save(self, version: str) -> None:
+        """Write a checkpoint: adapter in PEFT's format, optimiser, multiplier, what the panel heard."""
+
+        def write(folder: Path) -> None:
+            self.adapter.save(folder)
+            save_file(_optimizer_tensors(self.learner), str(folder / "optimizer.safetensors"))
+            state = {"version": version, "multiplier": self.multiplier.state(), "panel": self.panel.state()}
+            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+        self.run.save_checkpoint(version, write)
+        self.version = version
+
+    def load(self, version: str) -> None:
+        """Take a checkpoint over, after checking its hashes.
+
+        Raises:
+            StoreError: It is missing or damaged.
+        """
+        folder = self.run.verify_checkpoint(version)
+        self.adapter.load(folder)
+        self.restart_learner(self.recipe.update.learning_rate)
+        _load_optimizer(self.learner, load_file(str(folder / "optimizer.safetensors")))
+        try:
+            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StoreError(f"{folder / 'state.json'} is not JSON", expected="a checkpoint of tutelage") from error
+        self.multiplier.load(state["multiplier"])
+        self.panel.load(state["panel"])
+        self.version = version
+
+
+def _optimizer_tensors(learner: Learner) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for i, state in learner.optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            found[f"{i}.{key}"] = torch.as_tensor(value).contiguous()
+    return found
+
+
+def _load_optimizer(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        i, _, key = name.partition(".")
+        state.setdefault(int(i), {})[key] = value
+    full = learner.optimizer.state_dict()
+    full["state"] = state
+    learner.optimizer.load_state_dict(full)

@@ -1,0 +1,45 @@
+"""One round: generate, judge, reward, credit, update. It reads like that sentence and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tutelage.errors import NothingToLearn
+from tutelage.loop.bench import Workbench
+from tutelage.loop.stages import advantages, figures, generate, judge, reward, spread_credit, update
+from tutelage.records import Prompt
+from tutelage.store.ledger import Unit
+
+__all__ = ["play_round"]
+
+
+def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: int) -> None:
+    """Play round `number` on `prompts` and write everything seen into `unit`.
+
+    Raises:
+        NothingToLearn: No group has two valid rewards that differ.
+        TrainingError: A loss or gradient is not finite; the last version is kept.
+    """
+    replies_PG = generate(bench, prompts, number)
+    unit.generations(reply for group in replies_PG for reply in group)
+
+    findings = judge(bench, prompts, replies_PG, unit)
+    rewards_PG = reward(bench, findings, replies_PG)
+    unit.rewards(r for group in rewards_PG for r in group)
+
+    seen = figures(findings, rewards_PG)
+    if bench.recipe.constraint.enabled:
+        bench.multiplier.update(seen["cost"])
+    unit.metrics(number, "rollout", seen | {"multiplier": bench.multiplier.value})
+    bench.progress.figures(cost=seen["cost"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"])
+
+    advantage_PG = advantages(bench, rewards_PG)
+    if not bool((advantage_PG != 0).any()):
+        raise NothingToLearn(
+            f"round {number}: no group of replies has rewards that differ",
+            expected="at least one group with two valid, different rewards",
+            fix="look at the abstentions in the ledger; raise update.samples or sampling.temperature",
+        )
+    scores = bench.frozen_scores(prompts, replies_PG, attention=bench.recipe.credit.method == "attention")
+    credit_BT = spread_credit(bench, advantage_PG, scores, replies_PG, unit)
+    update(bench, prompts, replies_PG, scores, credit_BT, advantage_PG, unit, number)

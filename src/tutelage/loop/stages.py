@@ -1,0 +1,170 @@
+"""The stages of a round, each taking what the one before gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from tutelage.credit import tokens as credit
+from tutelage.feedback.panel import Findings
+from tutelage.loop.bench import Workbench, derive_seed
+from tutelage.objectives.constrained import mix_advantages
+from tutelage.policy.learner import Scores, TrainGroup
+from tutelage.records import Generation, Prompt, Reward, SamplerSettings
+from tutelage.rewards.compose import compose
+from tutelage.rewards.terms import text_verdict
+from tutelage.store.ledger import Unit
+
+__all__ = ["advantages", "figures", "generate", "judge", "reward", "spread_credit", "update"]
+
+# Terms with an opinion on content: text terms alone must not train.
+_ESSENTIAL = ("fit", "principles", "consistency")
+
+
+def generate(bench: Workbench, prompts: Sequence[Prompt], number: int) -> list[list[Generation]]:
+    """G replies a prompt from the policy as it stands."""
+    recipe = bench.recipe
+    settings = SamplerSettings(recipe.sampling.temperature, max_new_tokens=recipe.sampling.max_new_tokens)
+    bench.progress.stage(f"round {number}: generate", len(prompts) * recipe.update.samples, "replies")
+    return bench.completer.generate(
+        prompts,
+        samples=recipe.update.samples,
+        settings=settings,
+        seed=derive_seed(recipe.seed, "round", number),
+        version=bench.version,
+        progress=bench.progress.advance,
+    )
+
+
+def judge(
+    bench: Workbench,
+    prompts: Sequence[Prompt],
+    replies_PG: Sequence[Sequence[Generation]],
+    unit: Unit,
+) -> Findings:
+    """All verdicts on a batch, the text judge's included."""
+    bench.progress.stage(f"{unit.name}: judge", 1, "batch")
+    first = bench.version == "start"
+    with bench.adapter.off():
+        bench.panel.prepare(bench.lm, prompts)
+    findings = bench.panel.examine(prompts, replies_PG, first_look=first)
+    if "text" in bench.recipe.feedback.judges:
+        for prompt, replies, terms in zip(prompts, replies_PG, findings.terms_PKG, strict=True):
+            verdicts = [text_verdict(r, prompt.hash) for r in replies]
+            terms["text"] = [v.value for v in verdicts]
+            findings.verdicts.extend(verdicts)
+    unit.verdicts(findings.verdicts)
+    bench.progress.advance()
+    return findings
+
+
+def reward(bench: Workbench, findings: Findings, replies_PG: Sequence[Sequence[Generation]]) -> list[list[Reward]]:
+    """Compose each group's terms into rewards."""
+    weights = bench.recipe.rewards.model_dump()
+    return [
+        compose([r.id for r in replies], terms, weights, costs, essential=_ESSENTIAL)
+        for replies, terms, costs in zip(replies_PG, findings.terms_PKG, findings.costs_PG, strict=True)
+    ]
+
+
+def advantages(bench: Workbench, rewards_PG: Sequence[Sequence[Reward]]) -> torch.Tensor:
+    """Advantages of the rewards, mixed with those of the constrained cost."""
+    _, advantage = bench.objective()
+    table = torch.tensor([[math.nan if r.total is None else r.total for r in g] for g in rewards_PG])
+    mixed = advantage(table)
+    if bench.recipe.constraint.enabled:
+        costs = torch.tensor([[r.costs["over_abstention"] for r in g] for g in rewards_PG])
+        cost_advantage = advantage(torch.where(table.isnan(), math.nan, costs))
+        # Weighed by how answerable the question is held to be: a constraint on what should be answered.
+        mixed = mix_advantages(mixed, cost_advantage * costs.amax(-1, keepdim=True), bench.multiplier.value)
+    return mixed
+
+
+def spread_credit(
+    bench: Workbench,
+    advantage_PG: torch.Tensor,
+    scores: Scores,
+    replies_PG: Sequence[Sequence[Generation]],
+    unit: Unit,
+) -> torch.Tensor:
+    """Credit a token; kept in the ledger."""
+    how = bench.recipe.credit
+    advantage_B = advantage_PG.flatten().float()
+    weights_BT = credit.weights(how.method, scores.keep_BT, scores.attention_BT)
+    credit_BT = credit.assign(advantage_B, weights_BT, scores.keep_BT, beta=how.beta)
+    flat = [r for group in replies_PG for r in group]
+    for row, reply in enumerate(flat):
+        unit.credit(reply.id, how.method, float(advantage_B[row]), credit_BT[row, : len(reply.tokens)].tolist())
+    shown = {r.id: [bench.lm.tokenizer.decode([t]) for t in r.tokens] for group in replies_PG[:6] for r in group[:2]}
+    unit.note("pieces", shown)
+    return credit_BT
+
+
+def update(
+    bench: Workbench,
+    prompts: Sequence[Prompt],
+    replies_PG: Sequence[Sequence[Generation]],
+    scores: Scores,
+    credit_BT: torch.Tensor,
+    advantage_PG: torch.Tensor,
+    unit: Unit,
+    number: int,
+) -> None:
+    """Optimiser steps on the groups that have something to teach."""
+    objective, _ = bench.objective()
+    value_BT = credit.reward_to_go(credit_BT)
+    groups, row = [], 0
+    for prompt, replies, advantage_G in zip(prompts, replies_PG, advantage_PG, strict=True):
+        rows = range(row, row + len(replies))
+        row += len(replies)
+        if not bool((advantage_G != 0).any()):
+            continue  # a dead group: every reply did equally well
+        lengths = [len(r.tokens) for r in replies]
+        groups.append(
+            TrainGroup(
+                bench.encode(prompt),
+                tuple(r.tokens for r in replies),
+                tuple(tuple(value_BT[b, :n].tolist()) for b, n in zip(rows, lengths, strict=True)),
+                tuple(r.logps for r in replies),
+                tuple(tuple(scores.logp_BT[b, :n].tolist()) for b, n in zip(rows, lengths, strict=True)),
+            )
+        )
+    size = bench.recipe.update.batch
+    bench.progress.stage(f"round {number}: update", len(groups), "prompts")
+    for start in range(0, len(groups), size):
+        part = groups[start : start + size]
+        numbers = bench.learner.step(part, objective, temperature=bench.recipe.sampling.temperature)
+        unit.metrics(number * 1000 + start // size, "update", numbers)
+        bench.progress.figures(kl=numbers.get("kl_to_start", 0.0), loss=numbers["loss"])
+        bench.progress.advance(len(part))
+
+
+def figures(findings: Findings, rewards_PG: Sequence[Sequence[Reward]]) -> dict[str, float]:
+    """What a round looked like, in numbers; every one recomputes from the ledger."""
+    flat = [r for g in rewards_PG for r in g]
+    acts = [a for g in findings.acts_PG for a in g]
+    out: dict[str, float] = {
+        "verdicts": len(findings.verdicts),
+        "verdicts_abstained": sum(v.abstained for v in findings.verdicts),
+        "missing_rewards": sum(r.total is None for r in flat),
+        "dead_groups": sum(len({r.total for r in g}) <= 1 for g in rewards_PG),
+    }
+    for name in ("fit", "principles", "consistency", "text"):
+        known = [v for r in flat if (v := r.raw.get(name)) is not None]
+        if known:
+            out[f"term_{name}"] = sum(known) / len(known)
+    content = [out[f"term_{n}"] for n in ("fit", "principles") if f"term_{n}" in out]
+    if content:
+        out["reward_raw"] = sum(content) / len(content)
+    for act in ("answers", "abstains", "asks_back"):
+        out[f"share_{act}"] = sum(a[act] for a in acts) / max(len(acts), 1)
+    entropies = [s.entropy for s in findings.spreads if s.entropy is not None]
+    if entropies:
+        out["semantic_entropy"] = sum(entropies) / len(entropies)
+    # Of what is held answerable, the share withheld: the constrained quantity.
+    paid = sum(r.costs["over_abstention"] for r in flat)
+    due = sum(b.answerable * len(g) for b, g in zip(findings.beliefs, rewards_PG, strict=True) if b)
+    out["cost"] = paid / due if due else 0.0
+    return out

@@ -1,0 +1,253 @@
+"""One optimiser step over packed trees. It knows neither models' names nor which objective runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tutelage.engines.attention import AttentionPlan, attention_plan
+from tutelage.engines.batch import Batch, Objective
+from tutelage.engines.load import LanguageModel
+from tutelage.engines.packing import Group, Pack, pack
+from tutelage.errors import TrainingError
+from tutelage.policy.lora import Adapter
+
+__all__ = ["Learner", "Scores", "TrainGroup", "score"]
+
+_CHUNK = 256  # rows of logits held at once: 256 x 49,152 in float32 is 50 MB
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(h W^T)[target], chunk by chunk; the whole logits never exist.
+
+    The gradient for h is (W[target] - softmax W) g, so its g-free part is computed in the forward
+    pass while the chunk's probabilities are at hand.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        logp_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
+        slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(target_N), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            logits = (hidden_ND[part] @ head_VD.T).float()
+            norm = logits.logsumexp(-1, keepdim=True)
+            logp_N[part] = (logits.gather(-1, target_N[part, None]) - norm)[:, 0]
+            if slope_ND is not None:
+                probability = logits.sub_(norm).exp_().to(head_VD.dtype)
+                slope_ND[part] = head_VD[target_N[part]] - probability @ head_VD
+        if slope_ND is not None:
+            ctx.save_for_backward(slope_ND)
+        return logp_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slope_ND,) = ctx.saved_tensors
+        return slope_ND * grads[0][:, None].to(slope_ND.dtype), None, None
+
+
+def _hidden(lm: LanguageModel, part: Pack, plan: AttentionPlan) -> torch.Tensor:
+    with attention_plan(plan):
+        hidden: torch.Tensor = lm.hidden(part.tokens_T[None], part.position_T[None])[0]
+    return hidden
+
+
+@dataclasses.dataclass
+class Scores:
+    """What one frozen pass over prompts and completions gives.
+
+    Args:
+        logp_BT: Log-probabilities of the completions' tokens, zero beyond a row's length.
+        keep_BT: 1.0 within a row's length.
+        reply_BD: Mean final hidden state over each completion.
+        prompt_PD: Final hidden state at the last token of each group's prompt.
+        attention_BT: Last layer's attention of a completion's last token over its own tokens,
+            averaged over heads (zero elsewhere), or None when not asked for.
+    """
+
+    logp_BT: torch.Tensor
+    keep_BT: torch.Tensor
+    reply_BD: torch.Tensor
+    prompt_PD: torch.Tensor
+    attention_BT: torch.Tensor | None
+
+
+@torch.no_grad()
+def score(
+    lm: LanguageModel,
+    groups: Sequence[Group],
+    *,
+    budget: int,
+    attention: bool = False,
+    temperature: float = 1.0,
+) -> Scores:
+    """Log-probabilities, features and attention of completions, each prompt computed once.
+
+    Rows are numbered by the groups' `rows`, which must be 0..B-1. `temperature` divides the logits,
+    so that a tempered sampler's log-probs are met.
+    """
+    rows = sum(len(g.rows) for g in groups)
+    width = max((len(c) for g in groups for c in g.completions), default=1)
+    logp_BT = torch.zeros(rows, width)
+    keep_BT = torch.zeros(rows, width)
+    weight_BT = torch.zeros(rows, width) if attention else None
+    features = lm.head_VD.shape[1]
+    reply_BD = torch.zeros(rows, features)
+    prompts: list[torch.Tensor] = []
+    for part in pack(groups, budget=budget):
+        plan = AttentionPlan(mask_TT=part.mask_TT.to(lm.device))
+        if attention and part.spans:
+            plan.record_rows_N = torch.tensor([last for _, last in part.spans], device=lm.device)
+            plan.record_layer = lm.layers - 1
+        hidden = _hidden(lm, part, plan)
+        prompts.append(hidden[list(part.prompt_end)].float().cpu())
+        if not part.spans:
+            continue
+        source = hidden[part.source_N.to(lm.device)] / temperature
+        flat = _TokenLogProbs.apply(source, lm.head_VD, part.target_N.to(lm.device))  # type: ignore[no-untyped-call]
+        logp_BT[part.row_N, part.column_N] = flat.cpu()
+        keep_BT[part.row_N, part.column_N] = 1.0
+        for n, (row, (first, last)) in enumerate(zip(part.rows, part.spans, strict=True)):
+            reply_BD[row] = hidden[first : last + 1].float().mean(0).cpu()
+            if weight_BT is not None and plan.recorded_NT is not None:
+                weight_BT[row, : last + 1 - first] = plan.recorded_NT[n, first : last + 1].cpu()
+    prompt_PD = torch.cat(prompts) if prompts else torch.zeros(0, features)
+    return Scores(logp_BT, keep_BT, reply_BD, prompt_PD, weight_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainGroup:
+    """A prompt with the completions that train: their tokens and, row by row, what the batch needs."""
+
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    advantage: tuple[tuple[float, ...], ...]
+    old_logp: tuple[tuple[float, ...], ...]
+    ref_logp: tuple[tuple[float, ...], ...]
+
+
+class Learner:
+    """Adam on the adapter's factors, with micro-batches sized by tokens.
+
+    Args:
+        lm: The model that carries `adapter`.
+        adapter: What is trained.
+        learning_rate: Peak rate; the caller may scale it per step.
+        budget: Tokens a packed micro-batch may hold: bounds the memory of activations.
+        max_grad_norm: Gradients are scaled down to this norm.
+        weight_decay: AdamW's decoupled decay.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        adapter: Adapter,
+        *,
+        learning_rate: float,
+        budget: int = 512,
+        max_grad_norm: float = 1.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.lm, self.adapter, self.budget = lm, adapter, budget
+        self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
+        self.optimizer = torch.optim.AdamW(
+            adapter.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay
+        )
+
+    def step(
+        self,
+        groups: Sequence[TrainGroup],
+        objective: Objective,
+        *,
+        scale: float = 1.0,
+        temperature: float = 1.0,
+    ) -> dict[str, float]:
+        """One optimiser step on `groups`; merges the adapter afterwards.
+
+        Args:
+            groups: All that the step learns from.
+            objective: Turns log-probabilities into a loss.
+            scale: Factor on the learning rate (schedules).
+            temperature: Divides the logits, as the sampler of the replies did.
+
+        Returns:
+            Metrics of the objective, averaged over the step's tokens, and `grad_norm`.
+
+        Raises:
+            TrainingError: The loss or a gradient is not finite. The factors keep their old values.
+        """
+        rows = sum(len(g.completions) for g in groups)
+        tokens = sum(len(c) for g in groups for c in g.completions)
+        tables = _tables(groups)
+        named = _numbered(groups)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        with torch.enable_grad():
+            for part in pack(named, budget=self.budget):
+                batch = self._batch(part, tables, rows, tokens, temperature)
+                loss = objective(batch)
+                if not torch.isfinite(loss.value):
+                    raise TrainingError(
+                        f"the loss of {objective.name} is {float(loss.value.detach())}",
+                        expected="a finite number",
+                        fix="lower update.learning_rate; the last version is kept",
+                    )
+                loss.value.backward()  # type: ignore[no-untyped-call]
+                for key, value in loss.sums.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                sums["loss"] = sums.get("loss", 0.0) + float(loss.value.detach())
+        return self._apply(sums, tokens, objective.name, scale)
+
+    def _apply(self, sums: dict[str, float], tokens: int, name: str, scale: float) -> dict[str, float]:
+        norm = float(torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), self.max_grad_norm))
+        if norm != norm or norm == float("inf"):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainingError(
+                f"the gradient of {name} is not finite",
+                expected="finite numbers",
+                fix="lower update.learning_rate; the last version is kept",
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * scale
+        self.optimizer.step()
+        self.adapter.merge()
+        counted = sums.pop("tokens", float(tokens))
+        whole = sums.pop("loss", 0.0)
+        return {k: v / max(counted, 1.0) for k, v in sums.items()} | {"loss": whole, "grad_norm": norm}
+
+    def _batch(self, part: Pack, tables: dict[str, torch.Tensor], rows: int, tokens: int, temperature: float) -> Batch:
+        device = self.lm.device
+        hidden = _hidden(self.lm, part, AttentionPlan(mask_TT=part.mask_TT.to(device)))
+        source = hidden[part.source_N.to(device)] / temperature
+        flat = _TokenLogProbs.apply(source, self.lm.head_VD, part.target_N.to(device))  # type: ignore[no-untyped-call]
+        first = part.rows[0]  # rows of a pack are consecutive, since groups keep their order
+        count, width = len(part.rows), tables["keep"].shape[1]
+        logp = torch.zeros(count, width, device=device)
+        logp = logp.index_put((part.row_N.to(device) - first, part.column_N.to(device)), flat)
+        cut = {k: v[first : first + count].to(device) for k, v in tables.items()}
+        return Batch(logp, cut["keep"], cut["old"], cut["ref"], cut["advantage"], rows, tokens)
+
+
+def _numbered(groups: Sequence[TrainGroup]) -> list[Group]:
+    named, row = [], 0
+    for g in groups:
+        named.append(Group(g.prompt, g.completions, tuple(range(row, row + len(g.completions)))))
+        row += len(g.completions)
+    return named
+
+
+def _tables(groups: Sequence[TrainGroup]) -> dict[str, torch.Tensor]:
+    width = max(len(c) for g in groups for c in g.completions)
+
+    def table(rows: list[tuple[float, ...]]) -> torch.Tensor:
+        return torch.tensor([[*r, *([0.0] * (width - len(r)))] for r in rows], dtype=torch.float32)
+
+    return {
+        "keep": table([(1.0,) * len(c) for g in groups for c in g.completions]),
+        "advantage": table([r for g in groups for r in g.advantage]),
+        "old": table([r for g in groups for r in g.old_logp]),
+        "ref": table([r for g in groups for r in g.ref_logp]),
+    }

@@ -1,0 +1,275 @@
+"""LoRA that costs no forward time: merged once per update, with exact low-rank gradients.
+
+The adapted weight W + s B A is formed once after each optimiser step. The forward pass then is one
+matrix product, as without adapter, and the backward pass gives the exact gradients
+
+    dA = s (dY B)^T X        dB = s dY^T (X A^T)        dX = dY (W + s B A)
+
+Files are read and written in PEFT's format. Source of LoRA: Hu et al. 2021, equation 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from tutelage.errors import ModelError
+
+__all__ = ["Adapter", "LoraLinear", "attach"]
+
+
+class _MergedLinear(torch.autograd.Function):
+    """y = x W_merged^T + b, with gradients for the low-rank factors instead of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        merged_OI: torch.Tensor,
+        bias: torch.Tensor | None,
+        a_RI: torch.Tensor,
+        b_OR: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, merged_OI, a_RI, b_OR)
+        ctx.scale = scale
+        return F.linear(x, merged_OI, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, merged_OI, a_RI, b_OR = ctx.saved_tensors
+        dy = grads[0].reshape(-1, merged_OI.shape[0])
+        flat = x.reshape(-1, merged_OI.shape[1])
+        dx = (dy @ merged_OI).reshape(x.shape) if ctx.needs_input_grad[0] else None
+        a, b = a_RI.to(dy.dtype), b_OR.to(dy.dtype)
+        da = ctx.scale * ((dy @ b).T @ flat)
+        db = ctx.scale * (dy.T @ (flat @ a.T))
+        return dx, None, None, da.to(a_RI.dtype), db.to(b_OR.dtype), None
+
+
+@dataclasses.dataclass
+class _Switch:
+    """Shared by all layers of one adapter: whether it takes part."""
+
+    on: bool = True
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with an adapter that is merged outside the forward pass."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, switch: _Switch) -> None:
+        super().__init__()
+        out_features, in_features = base.weight.shape
+        self.weight = base.weight
+        self.bias = base.bias
+        self.scale = scale
+        self._switch = switch
+        place = base.weight.device
+        self.lora_a = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=place))
+        self.lora_b = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=place))
+        self.merged: torch.Tensor = base.weight.detach()
+        self._own = False
+
+    def merge(self) -> None:
+        """Form W + s B A anew, in the weight's dtype."""
+        with torch.no_grad():
+            if not self._own:  # memory is taken once and reused by every merge
+                self.merged, self._own = torch.empty_like(self.weight), True
+            if self.weight.dtype == torch.float32:
+                torch.addmm(self.weight, self.lora_b, self.lora_a, alpha=self.scale, out=self.merged)
+            else:
+                self.merged.copy_(self.weight.float().addmm_(self.lora_b, self.lora_a, alpha=self.scale))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        if not self._switch.on:
+            return F.linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled():
+            out: torch.Tensor = _MergedLinear.apply(  # type: ignore[no-untyped-call]
+                x, self.merged, self.bias, self.lora_a, self.lora_b, self.scale
+            )
+            return out
+        return F.linear(x, self.merged, self.bias)
+
+
+@dataclasses.dataclass
+class Adapter:
+    """All LoRA layers of one model, by module path."""
+
+    layers: dict[str, LoraLinear]
+    rank: int
+    alpha: float
+    target_names: tuple[str, ...]
+    model_name: str
+    _switch: _Switch
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trainable factors in a fixed order."""
+        return [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
+
+    def merge(self) -> None:
+        """Bring the merged weights up to date with the factors."""
+        for layer in self.layers.values():
+            layer.merge()
+
+    def aim(self, directions: Mapping[str, torch.Tensor]) -> None:
+        """Let the first rows of A look along given directions, by module path.
+
+        The output is unchanged as long as B is zero; what changes is what the first steps can use:
+        the rows read off what a critic found to matter, instead of random mixtures.
+
+        Args:
+            directions: (k, in_features) rows a module path, k at most the rank; paths without an
+                adapter are passed over.
+        """
+        with torch.no_grad():
+            for path, rows in directions.items():
+                if path in self.layers:
+                    k = min(len(rows), self.rank)
+                    self.layers[path].lora_a[:k] = rows[:k].to(self.layers[path].lora_a)
+        self.merge()
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """The frozen start model inside the block: it is also the reference policy."""
+        before, self._switch.on = self._switch.on, False
+        try:
+            yield
+        finally:
+            self._switch.on = before
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Factors under PEFT's names."""
+        found = {}
+        for path, layer in self.layers.items():
+            found[f"base_model.model.{path}.lora_A.weight"] = layer.lora_a.detach().clone()
+            found[f"base_model.model.{path}.lora_B.weight"] = layer.lora_b.detach().clone()
+        return found
+
+    def load_state(self, state: dict[str, torch.Tensor], *, where: str) -> None:
+        """Take factors over and merge.
+
+        Raises:
+            ModelError: Names or shapes do not fit this model.
+        """
+        expected = {k: tuple(v.shape) for k, v in self.state().items()}
+        got = {k: tuple(v.shape) for k, v in state.items()}
+        if expected != got:
+            wrong = sorted(set(expected.items()) ^ set(got.items()))[0]
+            raise ModelError(
+                f"the adapter in {where} does not fit {self.model_name}: {wrong[0]} {wrong[1]}",
+                expected=f"rank {self.rank} on {', '.join(self.target_names)}",
+                fix="load it onto the model and rank it was trained with",
+            )
+        with torch.no_grad():
+            for path, layer in self.layers.items():
+                layer.lora_a.copy_(state[f"base_model.model.{path}.lora_A.weight"])
+                layer.lora_b.copy_(state[f"base_model.model.{path}.lora_B.weight"])
+        self.merge()
+
+    def save(self, folder: Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` as PEFT does."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.state(), str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.model_name,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            # Full paths: PEFT matches names by suffix, and some layers may be left out.
+            "target_modules": sorted(self.layers),
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` (or PEFT) wrote.
+
+        Raises:
+            ModelError: The folder holds no adapter that fits.
+        """
+        file = folder / "adapter_model.safetensors"
+        if not file.is_file():
+            raise ModelError(f"{folder} holds no adapter", expected="adapter_model.safetensors", fix="check the path")
+        self.load_state(load_file(str(file)), where=str(folder))
+
+
+def _layer_number(path: str) -> int:
+    """Which transformer layer a module belongs to; a module outside of layers counts as the last."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found.group(1)) if found else 1 << 30
+
+
+def attach(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    targets: Sequence[str] = (),
+    first_layer: int = 0,
+    model_name: str = "",
+) -> Adapter:
+    """Put an adapter on the linear layers of `model`, in place.
+
+    A starts uniform as in PEFT (Kaiming with a = sqrt 5), B at zero, so the model starts unchanged.
+
+    Args:
+        model: The model's body (the output projection is outside and stays as it is) or the whole.
+        rank: r of the factors.
+        alpha: The product is scaled by alpha / rank.
+        seed: Decides the start of A.
+        targets: Last names of the modules to adapt; empty means every linear layer.
+        first_layer: Layers below this one stay as they are, which also spares their backward pass.
+        model_name: Written into the adapter's file.
+
+    Raises:
+        ModelError: No layer carries a wanted name.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    wanted = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and (not targets or path.rsplit(".", 1)[-1] in targets)
+        and _layer_number(path) >= first_layer
+    }
+    if not wanted:
+        present = sorted({p.rsplit(".", 1)[-1] for p, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(
+            f"no linear layer is named {', '.join(targets)}",
+            expected=f"some of: {', '.join(present)}",
+            fix="change update.targets in the recipe, or leave it empty for all",
+        )
+    switch = _Switch()
+    generator = torch.Generator().manual_seed(seed)
+    layers: dict[str, LoraLinear] = {}
+    for path, module in wanted.items():
+        layer = LoraLinear(module, rank, alpha / rank, switch)
+        bound = 1.0 / math.sqrt(module.in_features)
+        with torch.no_grad():
+            start = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
+            layer.lora_a.copy_(start)
+        parent = model.get_submodule(path.rpartition(".")[0])
+        setattr(parent, path.rpartition(".")[2], layer)
+        layers[path] = layer
+    names = tuple(sorted({p.rsplit(".", 1)[-1] for p in layers}))
+    adapter = Adapter(layers, rank, alpha, names, model_name, switch)
+    adapter.merge()
+    return adapter

@@ -1,0 +1,111 @@
+"""Credit by hand, and the one law: a row's credit sums to its advantage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tutelage.credit.tokens import assign, reward_to_go, weights
+
+METHODS = ("attention", "uniform", "last")
+KEEP = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+# The last token's attention on itself (0.4, 0.7, 0.2) says nothing about the others and is dropped.
+ATTENTION = torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.05, 0.7, 0.9, 0.9], [0.2, 0.9, 0.9, 0.9]])
+
+
+def table(got: torch.Tensor) -> list[Any]:
+    return [pytest.approx(row) for row in got.tolist()]
+
+
+def test_uniform_by_hand() -> None:
+    assert table(weights("uniform", KEEP, None)) == [[0.25] * 4, [0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+
+
+def test_last_by_hand() -> None:
+    assert weights("last", KEEP, None).tolist() == [[0, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0]]
+
+
+def test_attention_by_hand() -> None:
+    """0.1, 0.3, 0.2 over 0.6; one other token takes all; a single token falls back to uniform."""
+    got = table(weights("attention", KEEP, ATTENTION))
+    assert got == [[1 / 6, 1 / 2, 1 / 3, 0.0], [1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+
+
+def test_attention_on_itself_alone_falls_back_to_uniform() -> None:
+    got = weights("attention", torch.ones(1, 3), torch.tensor([[0.0, 0.0, 1.0]]))
+    assert got[0].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_attention_must_be_given() -> None:
+    with pytest.raises(ValueError, match="attention"):
+        weights("attention", KEEP, None)
+
+
+def test_credit_by_hand() -> None:
+    """A = 2, beta = 0.8: 1.6 spread by 1/6, 1/2, 1/3, and 0.4 on the last token."""
+    w = weights("attention", KEEP, ATTENTION)
+    got = assign(torch.tensor([2.0, -1.0, 3.0]), w, KEEP, beta=0.8)
+    assert got[0].tolist() == pytest.approx([1.6 / 6, 0.8, 1.6 / 3, 0.4])
+    assert got[1].tolist() == pytest.approx([-0.8, -0.2, 0.0, 0.0])
+    assert got[2].tolist() == pytest.approx([3.0, 0.0, 0.0, 0.0])
+
+
+def test_reward_to_go_by_hand() -> None:
+    got = reward_to_go(torch.tensor([[1.0, 2.0, -0.5], [0.0, 0.0, 4.0]]))
+    assert got.tolist() == [[2.5, 1.5, -0.5], [4.0, 4.0, 4.0]]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(keep_BT, attention_BT, advantage_B); attention may hold rubbish beyond a row's length."""
+    width = draw(st.integers(1, 12))
+    lengths = draw(st.lists(st.integers(1, width), min_size=1, max_size=5))
+    keep = torch.tensor([[1.0] * n + [0.0] * (width - n) for n in lengths])
+    cell = st.one_of(st.just(0.0), st.floats(0, 1, width=32))
+    attention = torch.tensor([draw(st.lists(cell, min_size=width, max_size=width)) for _ in lengths])
+    advantage = torch.tensor([draw(st.floats(-100, 100, width=32)) for _ in lengths])
+    return keep, attention, advantage
+
+
+@given(case=rows(), method=st.sampled_from(METHODS), beta=st.floats(0, 1))
+def test_credit_sums_to_the_advantage_and_stays_within_the_reply(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], method: Any, beta: float
+) -> None:
+    keep, attention, advantage = case
+    w = weights(method, keep, attention)
+    assert torch.allclose(w.sum(-1), torch.ones(len(w)), atol=1e-5)
+    assert (w >= 0).all()
+    credit = assign(advantage, w, keep, beta=beta)
+    assert torch.allclose(credit.double().sum(-1), advantage.double(), rtol=1e-6, atol=1e-6)
+    assert not credit[keep == 0].any()
+    assert not w[keep == 0].any()
+    # No token is blamed for what the reply is praised for, beyond rounding.
+    assert (credit * advantage.sign()[:, None] >= -1e-4 * (1 + advantage.abs()[:, None])).all()
+    # What padding a row got in its batch does not matter.
+    n = int(keep[0].sum())
+    alone = assign(advantage[:1], weights(method, keep[:1, :n], attention[:1, :n]), keep[:1, :n], beta=beta)
+    assert torch.allclose(alone[0], credit[0, :n], atol=1e-4)
+
+
+@given(case=rows(), beta=st.floats(0, 1))
+def test_all_credit_on_the_last_token_is_the_sequence_advantage_everywhere(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], beta: float
+) -> None:
+    keep, _, advantage = case
+    for method, share in (("last", beta), ("uniform", 0.0)):
+        credit = assign(advantage, weights(method, keep, None), keep, beta=share)  # type: ignore[arg-type]
+        value = reward_to_go(credit)
+        assert torch.allclose(value * keep, advantage[:, None] * keep, rtol=1e-5, atol=1e-5)
+
+
+@given(case=rows(), beta=st.floats(0, 1))
+def test_the_first_token_is_worth_the_whole_advantage(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], beta: float
+) -> None:
+    keep, attention, advantage = case
+    value = reward_to_go(assign(advantage, weights("attention", keep, attention), keep, beta=beta))
+    assert torch.allclose(value[:, 0], advantage, rtol=1e-5, atol=1e-4)
