@@ -89,7 +89,7 @@ class Feedback(_Section):
     critic_replies: str = Field("builtin:critics/honesty-replies", description="labelled replies")
     same_meaning: Fraction = Field(0.8, description="cosine above which two replies mean the same")
     min_confidence: Fraction = Field(0.4, description="below this belief the critic abstains")
-    consistency_weight: float = Field(0.7, ge=0.0, description="what consistency adds to the belief, log-odds")
+    consistency_weight: float = Field(0.15, ge=0.0, description="what consistency adds to the belief, log-odds")
 
 
 class Rewards(_Section):
@@ -105,7 +105,7 @@ class Constraint(_Section):
     """Keep answerable questions answered: PID-controlled multiplier on over-abstention."""
 
     enabled: bool = Field(True, description="off is the ablation")
-    limit: Fraction = Field(0.08, description="tolerated mean cost: abstaining where an answer is believed known")
+    limit: Fraction = Field(0.25, description="tolerated mean cost: abstaining where an answer is believed known")
     kp: float = Field(4.0, ge=0.0, description="proportional gain")
     ki: float = Field(2.0, ge=0.0, description="integral gain")
     kd: float = Field(1.0, ge=0.0, description="derivative gain")
@@ -136,8 +136,8 @@ class Supervised(_Section):
     samples: Count = Field(3, description="replies a prompt that are judged")
     temperature: Positive = Field(0.7, description="of those replies")
     epochs: Count = Field(1, description="passes over the targets")
-    learning_rate: Positive = Field(5e-4, description="peak, after a short warm-up, then linear decay")
-    batch: Count = Field(16, description="targets a step")
+    learning_rate: Positive = Field(1e-3, description="peak, after a short warm-up, then linear decay")
+    batch: Count = Field(8, description="targets a step")
     keep_weight: Positive = Field(2.0, description="weight of kept answers against revisions")
 
 
@@ -145,8 +145,8 @@ class Update(_Section):
     """The policy-gradient rounds."""
 
     objective: Literal["grpo", "rloo"] = Field("grpo", description="which advantage and loss")
-    rounds: int = Field(3, ge=0, description="rounds after the supervised stage")
-    prompts: Count = Field(64, description="prompts a round")
+    rounds: int = Field(2, ge=0, description="rounds after the supervised stage")
+    prompts: Count = Field(48, description="prompts a round")
     samples: int = Field(6, ge=2, description="G, replies a prompt")
     batch: Count = Field(16, description="prompts an optimiser step")
     learning_rate: Positive = Field(2e-4, description="constant")

@@ -127,7 +127,7 @@ def test_too_few_of_a_label_and_unreadable_files_are_refused(tmp_path: Path) -> 
     with pytest.raises(InputError, match="cannot be read"):
         read_labelled(tmp_path / "missing.jsonl", KINDS)
     (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
-    with pytest.raises(InputError, match="UTF-8|cannot be read"):
+    with pytest.raises(InputError, match=r"UTF-8|cannot be read"):
         read_labelled(tmp_path / "latin.jsonl", KINDS)
 
 

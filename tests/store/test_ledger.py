@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,17 @@ import pytest
 
 from tutelage.errors import StoreError
 from tutelage.records import (
-    Cost, Decision, Evidence, Generation, Message, Prompt, Reward, SamplerSettings, Target, Verdict,
-)  # fmt: skip
+    Cost,
+    Decision,
+    Evidence,
+    Generation,
+    Message,
+    Prompt,
+    Reward,
+    SamplerSettings,
+    Target,
+    Verdict,
+)
 from tutelage.store.ledger import Ledger, Unit
 
 PROMPT = Prompt("p1", (Message("system", "Be brief."), Message("user", "Où est 東京? \u2028 'quoted'")), "e1")
@@ -77,6 +87,17 @@ def ledger(path: Path) -> Any:
     opened = Ledger(path)
     yield opened
     opened.close()
+
+
+def write(ledger: Ledger, name: str, then: Callable[[Unit], object]) -> None:
+    """A filled unit, and something more at the end of its block."""
+    with ledger.unit(name, "round") as unit:
+        fill(unit)
+        then(unit)
+
+
+def stumble(_: Unit) -> None:
+    raise KeyError
 
 
 def dump(path: Path) -> list[str]:
@@ -147,9 +168,10 @@ def test_rows_can_be_chosen_and_sorted(ledger: Ledger) -> None:
 def test_triggers_refuse_every_change(path: Path, table: str) -> None:
     before = dump(path)
     with sqlite3.connect(path) as db:
-        column = db.execute(f"SELECT name FROM pragma_table_info('{table}')").fetchone()[0]
-        assert db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] > 0
-        for sql in (f'UPDATE {table} SET "{column}" = "{column}"', f"DELETE FROM {table}"):
+        column = db.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchone()[0]
+        assert db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] > 0  # noqa: S608 (a name from TABLES)
+        update = f'UPDATE {table} SET "{column}" = "{column}"'  # noqa: S608
+        for sql in (update, f"DELETE FROM {table}"):  # noqa: S608
             with pytest.raises(sqlite3.IntegrityError, match="only grows"):
                 db.execute(sql)
     db.close()
@@ -165,9 +187,8 @@ def test_triggers_cover_all_tables(path: Path) -> None:
 
 def test_an_error_inside_the_block_leaves_nothing(ledger: Ledger, path: Path) -> None:
     before = dump(path)
-    with pytest.raises(KeyError), ledger.unit("round-2", "round") as unit:
-        fill(unit)
-        raise KeyError
+    with pytest.raises(KeyError):
+        write(ledger, "round-2", stumble)
     assert dump(path) == before
     assert not ledger.done("round-2")
     with ledger.unit("round-2", "round") as unit:
@@ -180,10 +201,10 @@ def test_an_error_inside_the_block_leaves_nothing(ledger: Ledger, path: Path) ->
 def test_a_unit_that_cannot_be_written_leaves_nothing(ledger: Ledger, path: Path, spoil: str) -> None:
     before = dump(path)
     name = "round-1" if spoil == "same name" else "round-2"
-    with pytest.raises(StoreError, match=name), ledger.unit(name, "round") as unit:
-        fill(unit)
-        if spoil == "bad row":  # NULL where the schema wants text, in the last table written
-            unit.note(None, 1)  # type: ignore[arg-type]
+    # NULL where the schema wants text, in the last table that is written.
+    spoiled = (lambda unit: unit.note(None, 1)) if spoil == "bad row" else (lambda _: None)
+    with pytest.raises(StoreError, match=name):
+        write(ledger, name, spoiled)
     assert dump(path) == before
     assert not ledger.done("round-2")
 

@@ -1,5 +1,6 @@
 """Charts: inside their frame, gaps broken, every text escaped."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ET
 
@@ -66,7 +67,7 @@ def test_shares_and_differences():
 def test_ticks_are_round_rise_evenly_and_span_the_values(a, b):
     low, high = min(a, b), max(a, b)
     ticks = nice_ticks(low, high)
-    steps = [y - x for x, y in zip(ticks, ticks[1:], strict=False)]
+    steps = [y - x for x, y in itertools.pairwise(ticks)]
     assert 2 <= len(ticks) <= 12
     assert min(steps) > 0
     assert max(steps) - min(steps) <= 1e-6 * max(abs(ticks[0]), abs(ticks[-1]), steps[0])

@@ -103,15 +103,13 @@ def test_a_card_keeps_abstentions_apart_from_low_values():
     assert first.spread == pytest.approx(0.7)
     assert (first.abstained, first.group) == (0, "disagree")
     assert second.spread is None
-    assert (second.abstained, second.group) == (1, "abstained")
+    assert (second.abstained, second.group) == (1, "abstained: critic")
     assert (second.verdicts[0].value, second.verdicts[0].reason.shown) == (None, "too little is known")
     assert (first.rewarded, second.rewarded, second.total) == (True, False, None)
     assert first.parts[1] == Part("text", None, None, 0.2)
 
 
-@pytest.mark.parametrize(
-    ("total", "answer"), [((1.0 * 0.8 + 0.5 * -0.4) / 1.5, True), (0.41, False), (None, None)]
-)
+@pytest.mark.parametrize(("total", "answer"), [((1.0 * 0.8 + 0.5 * -0.4) / 1.5, True), (0.41, False), (None, None)])
 def test_a_total_recomputes_from_the_terms_that_are_there(total, answer):
     parts = (Part("fit", 0.9, 0.8, 1.0), Part("principles", 0.3, -0.4, 0.5), Part("text", None, None, 0.2))
     blank = clip("", 1)

@@ -110,17 +110,19 @@ class Head:
 
 
 def directions(
-    inputs: Mapping[str, torch.Tensor], labels_N: np.ndarray, *, ridge: float = 300.0
+    inputs: Mapping[str, torch.Tensor], labels_N: np.ndarray, *, ridge: float = 300.0, size: float = 0.5
 ) -> dict[str, torch.Tensor]:
     """What in a layer's input tells the kinds of question apart: one direction a kind, by module path.
 
-    Ridge regression of the one-hot labels on standardised inputs, scaled so that the reading has
-    unit standard deviation over the labelled questions.
+    Ridge regression of the one-hot labels on standardised inputs, centred, and scaled so that the
+    reading has standard deviation `size` over the labelled questions.
 
     Args:
         inputs: (N, in_features) a path, as `Reading.inputs`; paths may share a matrix.
         labels_N: Integer labels.
-        ridge: Weight of the penalty; strong, since there are fewer questions than features.
+        ridge: Weight of the penalty; strong, since there are hardly more questions than features.
+        size: A randomly started row of A reads with about 0.05; a few times that makes the critic's
+            directions the easiest to use, without making the first steps jump.
     """
     truth = torch.nn.functional.one_hot(torch.from_numpy(labels_N), len(KINDS)).double()
     truth = truth - truth.mean(0)
@@ -133,7 +135,11 @@ def directions(
             z = (x - x.mean(0)) / deviation
             gram = z.T @ z + ridge * torch.eye(z.shape[1], dtype=torch.float64)
             rows_KF = torch.linalg.solve(gram, z.T @ truth).T / deviation
-            solved[id(matrix)] = (rows_KF / (x @ rows_KF.T).std(0)[:, None]).float()
+            # Without the mean input's share a reading is centred, and says how a question differs
+            # from others; with it, the first steps would move every reply alike, and far.
+            middle = x.mean(0)
+            rows_KF = rows_KF - (rows_KF @ middle / (middle @ middle))[:, None] * middle
+            solved[id(matrix)] = (size * rows_KF / (x @ rows_KF.T).std(0)[:, None]).float()
         found[path] = solved[id(matrix)]
     return found
 

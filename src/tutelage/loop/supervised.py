@@ -70,8 +70,10 @@ def revise(
         if not principles:
             continue
         principle = max(principles, key=lambda p: p.weight)
-        best = max(range(len(replies)), key=lambda g: (acts[g][principle.wants] >= 0.5, -g))
-        if acts[best][principle.wants] >= 0.5:
+        # An own reply that seems to abstain must surely do so: to imitate a made-up one would teach the fault.
+        least = 0.5 if principle.wants == "answers" else 0.85
+        best = max(range(len(replies)), key=lambda g: (acts[g][principle.wants] >= least, -g))
+        if acts[best][principle.wants] >= least:
             reply = replies[best]
             weight = belief.of(belief.kind) * (keep if principle.wants == "answers" else 1.0)
             reason = f"keeps '{principle.id}' ({belief.of(belief.kind):.2f})"

@@ -51,14 +51,16 @@ def points(value: float | None) -> str:
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers that span [low, high], by steps of 1, 2 or 5 times a power of ten."""
-    if not high > low:
-        pad = abs(high) * 0.1 or 1.0
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-9 * size, 1e-12):  # alike, as far as a picture can show
+        pad = size * 0.1 if size > 1e-12 else 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    digits = max(0, 1 - math.floor(math.log10(step)))  # 0.30000000000000004 is no name for a tick
+    return [round(i * step, digits) for i in range(first, last + 1)]
 
 
 def _el(tag: str, content: str | Markup = "", **attributes: object) -> Markup:

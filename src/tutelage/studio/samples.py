@@ -126,10 +126,11 @@ class Card:
 
     @property
     def group(self) -> str:
-        """For the balance: judges disagree, one abstained, or all agree."""
+        """For the balance: judges disagree, or these abstained, or all agree."""
         if self.spread is not None and self.spread >= _DISAGREE:
             return "disagree"
-        return "abstained" if self.abstained else "agree"
+        silent = [v.judge for v in self.verdicts if v.value is None]
+        return "abstained: " + ", ".join(silent) if silent else "agree"
 
     @property
     def recomputes(self) -> bool | None:
