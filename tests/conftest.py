@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# The same examples on every machine, and no failure because a machine is busy.
+settings.register_profile("tutelage", deadline=None, derandomize=True, database=None)
+settings.load_profile("tutelage")
 
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt_neox")
 

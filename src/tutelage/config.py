@@ -138,7 +138,7 @@ class Supervised(_Section):
     epochs: Count = Field(1, description="passes over the targets")
     learning_rate: Positive = Field(1e-3, description="peak, after a short warm-up, then linear decay")
     batch: Count = Field(8, description="targets a step")
-    keep_weight: Positive = Field(2.0, description="weight of kept answers against revisions")
+    keep_weight: Positive = Field(3.0, description="weight of kept answers against revisions")
 
 
 class Update(_Section):
@@ -149,9 +149,9 @@ class Update(_Section):
     prompts: Count = Field(48, description="prompts a round")
     samples: int = Field(6, ge=2, description="G, replies a prompt")
     batch: Count = Field(16, description="prompts an optimiser step")
-    learning_rate: Positive = Field(2e-4, description="constant")
+    learning_rate: Positive = Field(1e-4, description="constant")
     clip: Positive = Field(0.2, description="epsilon of the ratio clip")
-    kl: float = Field(0.02, ge=0.0, description="weight of the KL term to the start model")
+    kl: float = Field(0.05, ge=0.0, description="weight of the KL term to the start model")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
     token_budget: Count = Field(512, description="tokens a packed micro-batch holds; bounds memory")
 
@@ -161,7 +161,7 @@ class Gate(_Section):
 
     enabled: bool = Field(True, description="an absent gate rejects: off means no candidate is promoted")
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="of the paired intervals")
-    max_correct_loss: Fraction = Field(0.1, description="correct answers lost must be surely below this")
+    max_correct_loss: Fraction = Field(0.15, description="correct answers lost must be surely below this")
     max_known_abstained: Fraction = Field(0.2, description="abstaining where the start model was right, at most")
 
 

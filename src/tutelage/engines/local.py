@@ -29,6 +29,7 @@ class _Job:
     prompt: int
     sample: int
     uniforms: np.ndarray
+    settings: SamplerSettings
     tokens: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     finished: bool = False
@@ -69,6 +70,7 @@ class LocalCompleter:
         seed: int,
         version: str,
         opening: Sequence[str] | None = None,
+        greedy_first: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> list[list[Generation]]:
         """Draw `samples` replies to each prompt.
@@ -81,6 +83,8 @@ class LocalCompleter:
             version: Name of the policy's weights, kept in each record.
             opening: Optional text each reply must begin with, one a prompt; it is part of the
                 returned text, not of `tokens`.
+            greedy_first: The first reply of each prompt takes the most likely tokens; the prompt is
+                still computed once for all its replies.
             progress: Called with the number of newly finished replies.
 
         Returns:
@@ -94,8 +98,14 @@ class LocalCompleter:
             self.lm.encode(p, room=settings.max_new_tokens) + self._opening(o)
             for p, o in zip(prompts, openings, strict=True)
         ]
+        greedy = dataclasses.replace(settings, temperature=0.0, top_k=0, top_p=1.0)
         jobs = [
-            _Job(p, g, _uniforms(seed, prompt.id, g, settings.max_new_tokens))
+            _Job(
+                p,
+                g,
+                _uniforms(seed, prompt.id, g, settings.max_new_tokens),
+                greedy if greedy_first and g == 0 else settings,
+            )
             for p, prompt in enumerate(prompts)
             for g in range(samples)
         ]
@@ -115,7 +125,7 @@ class LocalCompleter:
                     tokens=tuple(job.tokens),
                     logps=tuple(job.logps),
                     finished=job.finished,
-                    settings=settings,
+                    settings=job.settings,
                     policy_version=version,
                     seed=seed,
                 )
@@ -215,12 +225,23 @@ class _Batch:
         assert logits is not None
         self._fresh = []
         uniform = torch.tensor([job.uniforms[len(job.tokens)] for job in self.jobs], device=logits.device)
-        tokens, logps = draw(logits, uniform, self.settings)
+        tokens, logps = self._draw(logits, uniform)
         for job, token, logp in zip(self.jobs, tokens.tolist(), logps.tolist(), strict=True):
             job.tokens.append(token)
             job.logps.append(logp)
             job.finished = token in self.lm.stop_tokens
         return self._retire()
+
+    def _draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token a row, each by its own job's settings."""
+        tokens = torch.empty(len(self.jobs), dtype=torch.long, device=logits.device)
+        logps = torch.empty(len(self.jobs), device=logits.device)
+        for how in dict.fromkeys(job.settings for job in self.jobs):
+            rows = [i for i, job in enumerate(self.jobs) if job.settings == how]
+            if len(rows) == len(self.jobs):
+                return draw(logits, uniform, how)
+            tokens[rows], logps[rows] = draw(logits[rows], uniform[rows], how)
+        return tokens, logps
 
     def _forward(self, count: int) -> torch.Tensor:
         """Logits of the first `count` rows after the token each of them drew last."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -28,22 +27,16 @@ def look(bench: Workbench, prompts: Sequence[Prompt], unit: Unit) -> tuple[list[
         recipe.sampling.top_p,
         recipe.sampling.max_new_tokens,
     )
-    plan = [(dataclasses.replace(settings, temperature=0.0, top_k=0, top_p=1.0), 1, "greedy")]
-    if recipe.supervised.samples > 1:
-        plan.append((settings, recipe.supervised.samples - 1, "sampled"))
     bench.progress.stage("supervised: generate", len(prompts) * recipe.supervised.samples, "replies")
-    replies_PG: list[list[Generation]] = [[] for _ in prompts]
-    for how, count, name in plan:
-        drawn = bench.completer.generate(
-            prompts,
-            samples=count,
-            settings=how,
-            seed=derive_seed(recipe.seed, "supervised", name),
-            version=bench.version,
-            progress=bench.progress.advance,
-        )
-        for own, new in zip(replies_PG, drawn, strict=True):
-            own.extend(new)
+    replies_PG = bench.completer.generate(
+        prompts,
+        samples=recipe.supervised.samples,
+        settings=settings,
+        seed=derive_seed(recipe.seed, "supervised"),
+        version=bench.version,
+        greedy_first=True,
+        progress=bench.progress.advance,
+    )
     unit.generations(g for group in replies_PG for g in group)
     return replies_PG, judge(bench, prompts, replies_PG, unit)
 

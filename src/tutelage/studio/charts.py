@@ -214,7 +214,7 @@ def _x_axis(curve: Curve, x: Callable[[int], float]) -> list[Markup]:
     parts = [_line(_PLOT_LEFT, _PLOT_BOTTOM, _PLOT_RIGHT, _PLOT_BOTTOM, "base")]
     longest = max(len(t) for t in curve.ticks)
     room = max(2, min(count, 7, int((_PLOT_RIGHT - _PLOT_LEFT) / (7 * min(longest, 12) + 14))))
-    wanted = range(count) if count <= room else sorted({round(i * (count - 1) / (room - 1)) for i in range(room)})
+    wanted = range(0, count, max(1, -(-(count - 1) // (room - 1))))
     for i in wanted:
         parts.append(_text(x(i), _PLOT_BOTTOM + 15, curve.ticks[i][:12]))
     starts = [i for i in range(1, count) if curve.units[i] != curve.units[i - 1]]
