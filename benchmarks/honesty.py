@@ -185,6 +185,7 @@ def main() -> None:
         summaries = [play(arm, seed, chosen.runs) for seed in range(chosen.seeds) for arm in arms]
     text = table(chosen.runs)
     write_between(HERE / "RESULTS.md", text)
+    write_between(HERE.parent / "README.md", text.split("\n", 2)[2])
     print(json.dumps(summaries) if chosen.json else text)
 
 

@@ -99,7 +99,9 @@ def test_a_promoted_run_leaves_with_zero(world: World, monkeypatch: pytest.Monke
     from tutelage.loop import improve
     from tutelage.records import Decision
 
-    monkeypatch.setattr(improve, "honesty_gate", lambda a, b, _: Decision("honesty", b.version, a.version, True, "promoted"))
+    monkeypatch.setattr(
+        improve, "honesty_gate", lambda a, b, _: Decision("honesty", b.version, a.version, True, "promoted")
+    )
     done = world.play("--json", "--set", "update.rounds=1")
     assert done.code == 0
     summary = json.loads(done.out)
@@ -279,7 +281,8 @@ def test_models_that_cannot_be_used(case: str, world: World, tiny_dirs: dict[str
 
 
 @pytest.mark.parametrize(
-    ("model", "word"), [("nowhere", "neither"), ("some/hub-name", "model.hub=true"), ("nowhere.gguf", "no such GGUF file")]
+    ("model", "word"),
+    [("nowhere", "neither"), ("some/hub-name", "model.hub=true"), ("nowhere.gguf", "no such GGUF file")],
 )
 def test_models_that_are_not_there(model: str, word: str, world: World) -> None:
     refused(world, world.play("--model", model), word)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config import Recipe, data_file, load_recipe
-from tutelage.errors import InputError, StoreError
+from tutelage.errors import InputError, RecipeError, StoreError
 from tutelage.records import Progress
 from tutelage.store.runs import Run, write_atomic
 
@@ -46,7 +46,7 @@ def run(
         model: Embedded name, directory, GGUF file or hub name; overrides the recipe.
         prompts: Training prompts (JSONL, CSV, Parquet); overrides the recipe.
         constitution: TOML file of principles; overrides the recipe.
-        overrides: Dotted assignments, for example ``["update.rounds=2"]``.
+        overrides: Dotted assignments, for example ``["update.rounds=2"]``; with `resume` only limits.
         name: Name of the run's folder; with `resume`, the run to continue (default: the newest).
         runs: Folder that holds runs.
         resume: Continue an interrupted run instead of starting one; the recipe is the run's own.
@@ -66,6 +66,7 @@ def run(
     root = Path(runs)
     if resume:
         opened = Run.open(open_run(name, root), write=True)
+        opened.recipe = _relimited(opened, overrides)
     else:
         chosen = recipe if isinstance(recipe, Recipe) else load_recipe(
             recipe, overrides, model=model, prompts=prompts, constitution=constitution
@@ -79,6 +80,23 @@ def run(
         return result
     finally:
         opened.close()
+
+
+def _relimited(opened: Run, overrides: Sequence[str]) -> Recipe:
+    """The run's own recipe; only its limits may be changed when it goes on.
+
+    Raises:
+        RecipeError: Another key was to be changed.
+    """
+    other = [o for o in overrides if not o.strip().startswith("limits.")]
+    if other:
+        opened.close()
+        raise RecipeError(
+            f"'{other[0]}' cannot be changed while a run goes on",
+            expected="--set limits.KEY=VALUE, or nothing",
+            fix="start a new run with the changed recipe",
+        )
+    return load_recipe(opened.folder / "recipe.toml", overrides)
 
 
 def open_run(name: str | None, root: Path) -> Path:
@@ -142,6 +160,7 @@ def load_for_use(spec: str, *, runs: str | Path = "runs", version: str | None = 
     if chosen != "start":
         adapter = attach(
             lm.model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=0, targets=recipe.lora.targets,
+            first_layer=round(recipe.lora.from_depth * lm.layers),
             model_name=recipe.model.name,
         )  # fmt: skip
         adapter.load(opened.verify_checkpoint(chosen))

@@ -62,7 +62,7 @@ def run(
         tutelage run
         tutelage run honesty --model ./my-model --prompts questions.jsonl
         tutelage run recipe.toml --set update.rounds=2 --set seed=7
-        tutelage run --resume --name honesty-20260101-120000
+        tutelage run --resume honesty-20260101-120000
 
     Parameters
     ----------
@@ -71,11 +71,13 @@ def run(
     prompts: training prompts as JSONL, CSV or Parquet
     constitution: TOML file of principles
     name: name of the run's folder
-    resume: continue the newest interrupted run, or the one given by --name
+    resume: continue the newest run, or the named one; only limits can be changed with --set
     """
     from tutelage import api
     from tutelage.studio.console import choose_progress
 
+    if resume and name is None and recipe != "honesty":
+        name = recipe  # `--resume NAME` says which run, not which recipe
     with choose_progress(as_json=as_json) as progress:
         result = api.run(
             recipe, model=model, prompts=prompts, constitution=constitution, overrides=set_ or (), name=name,

@@ -44,7 +44,17 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_yes_for_numbers(cls, data: Any) -> Any:
+        """Otherwise pydantic would read `true` as 1."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{key} is {str(value).lower()}, which is no number")
+        return data
 
 
 class Model(_Section):
@@ -95,10 +105,10 @@ class Feedback(_Section):
 class Rewards(_Section):
     """Weights of the reward's terms; each term is normalised within its group first."""
 
-    fit: float = Field(1.0, description="the reply does what the question calls for (critic)")
-    principles: float = Field(0.5, description="principles kept, by weight (constitution)")
-    consistency: float = Field(0.2, description="share of the group that says the same (self-supervision)")
-    text: float = Field(0.2, description="length, repetition and format")
+    fit: float = Field(1.0, ge=0.0, description="the reply does what the question calls for (critic)")
+    principles: float = Field(0.5, ge=0.0, description="principles kept, by weight (constitution)")
+    consistency: float = Field(0.2, ge=0.0, description="share of the group that says the same (self-supervision)")
+    text: float = Field(0.2, ge=0.0, description="length, repetition and format")
 
 
 class Constraint(_Section):
@@ -177,7 +187,7 @@ class Recipe(_Section):
 
     name: str = Field("honesty", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe")
     title: str = Field("", description="one line for people")
-    seed: int = Field(0, ge=0, description="same seed, same weights")
+    seed: int = Field(0, ge=0, lt=2**31, description="same seed, same weights")
     model: Model = Model()
     prompts: Prompts = Prompts()
     sampling: Sampling = Sampling()
@@ -195,6 +205,8 @@ class Recipe(_Section):
     def _makes_sense(self) -> Recipe:
         if not self.supervised.enabled and self.update.rounds == 0:
             raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
+        if self.update.rounds and not any(self.rewards.model_dump().values()):
+            raise ValueError("all weights in [rewards] are 0: the rounds would have nothing to learn from")
         if not self.feedback.judges:
             raise ValueError("feedback.judges is empty: without a verdict nothing can be learned")
         return self
@@ -261,7 +273,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), **known: str 
     for key, value in known.items():
         if value is not None:
             section, field = shortcuts[key]
-            data.setdefault(section, {})[field] = value
+            if not isinstance(data.setdefault(section, {}), dict):
+                raise RecipeError(
+                    f"'{section}' in {source} is no section", expected=f"[{section}] with {known_keys_hint(section)}"
+                )
+            data[section][field] = value
     for text in overrides:
         _assign(data, text)
     try:

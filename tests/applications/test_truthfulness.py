@@ -35,18 +35,26 @@ def imported_names(path: Path) -> set[str]:
 
 
 def test_what_makes_rewards_cannot_see_references() -> None:
-    modules = [p for room in ("feedback", "rewards", "credit", "objectives", "policy") for p in (PACKAGE / room).glob("*.py")]
+    modules = [
+        p for room in ("feedback", "rewards", "credit", "objectives", "policy") for p in (PACKAGE / room).glob("*.py")
+    ]
     modules += [PACKAGE / "loop" / name for name in ("round.py", "stages.py", "supervised.py")]
     assert len(modules) > 15
     for path in modules:
         names = imported_names(path)
-        seen = {n for n in names if n.endswith("SuiteItem") or n.startswith(("tutelage.loop.evaluate", "tutelage.loop.outcomes"))}
+        seen = {
+            n
+            for n in names
+            if n.endswith("SuiteItem") or n.startswith(("tutelage.loop.evaluate", "tutelage.loop.outcomes"))
+        }
         assert seen == set(), path
         assert "read_suite" not in path.read_text(encoding="utf-8"), path
         assert "references" not in {n.attr for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Attribute)}, path  # fmt: skip
 
 
-def test_references_and_kinds_in_the_training_file_change_no_bit(new_world: Callable[..., World], played: World) -> None:
+def test_references_and_kinds_in_the_training_file_change_no_bit(
+    new_world: Callable[..., World], played: World
+) -> None:
     questions = [r["prompt"] for r in lines_of(DATA / "questions" / "honesty-train.jsonl")[:12]]
     for name, shift in (("told", 0), ("scrambled", 5)):
         world = new_world(name=name)
@@ -196,7 +204,9 @@ def value_of(world: World, key: str, model: Path) -> str:
         rows = [{"prompt": r["prompt"]} for r in lines_of(DATA / "questions" / "honesty-train.jsonl")[20:32]]
         return str(write_lines(world.folder / "other.jsonl", rows))
     if value == "SUITE":
-        return str(write_lines(world.folder / "other.jsonl", lines_of(DATA / "questions" / "honesty-gate.jsonl")[30:36]))
+        return str(
+            write_lines(world.folder / "other.jsonl", lines_of(DATA / "questions" / "honesty-gate.jsonl")[30:36])
+        )
     if value in ("QUESTIONS", "REPLIES"):
         name = "kinds" if value == "QUESTIONS" else "acts"
         rows = lines_of(world.folder / f"{name}.jsonl")
@@ -221,7 +231,9 @@ def look(world: World, name: str, where: str) -> Any:
     if where == "summary":
         return json.loads((world.runs / name / "summary.json").read_text(encoding="utf-8"))["recipe"]
     if where == "report":
-        return re.search(r"<title>.*?</title>|Other", (world.runs / name / "report.html").read_text(encoding="utf-8"))[0]  # type: ignore[index]
+        return re.search(r"<title>.*?</title>|Other", (world.runs / name / "report.html").read_text(encoding="utf-8"))[
+            0
+        ]  # type: ignore[index]
     dropped = ("cost", "judge_version", "unit")
     return [{k: v for k, v in row.items() if k not in dropped} for row in world.rows(where, name)]
 
@@ -243,12 +255,16 @@ def base_run(settings: tuple[str, ...], folder: Path, model: Path) -> World:
     return _plays[settings]
 
 
-@pytest.mark.parametrize("key", [k for k, (_, _, where) in EFFECTS.items() if where not in ("forecast", "gate", "budget", "refused")])
+@pytest.mark.parametrize(
+    "key", [k for k, (_, _, where) in EFFECTS.items() if where not in ("forecast", "gate", "budget", "refused")]
+)
 def test_every_key_changes_what_a_run_does(
     key: str, world: World, base_folder: Path, tiny_dirs: dict[str, Path]
 ) -> None:
     _, needed, where = EFFECTS[key]
-    settings = tuple(s for s in (*BASE, *needed) if not (s in BASE and s.split("=")[0] in {n.split("=")[0] for n in needed}))
+    settings = tuple(
+        s for s in (*BASE, *needed) if not (s in BASE and s.split("=")[0] in {n.split("=")[0] for n in needed})
+    )
     base = base_run(settings, base_folder, tiny_dirs["llama"])
     words = [*settings, f"{key}={value_of(world, key, tiny_dirs['mistral'])}"]
     done = world.play(*[w for s in words for w in ("--set", s)])

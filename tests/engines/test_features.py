@@ -66,7 +66,11 @@ def test_the_batch_does_not_change_what_is_read(tiny_lm: Any) -> None:
 
 def test_watched_layers_show_their_inputs_at_the_last_token(tiny_lm: Any, plain_models: dict[str, Any]) -> None:
     prompts = encoded(tiny_lm)
-    watch = {p: m for p, m in tiny_lm.model.named_modules() if p.endswith(("1.mlp.up_proj", "1.mlp.gate_proj", "1.mlp.down_proj"))}
+    watch = {
+        p: m
+        for p, m in tiny_lm.model.named_modules()
+        if p.endswith(("1.mlp.up_proj", "1.mlp.gate_proj", "1.mlp.down_proj"))
+    }
     assert len(watch) == 3
     found = read_trunk(tiny_lm, prompts, PROBES, watch=watch)
     assert set(found.inputs) == set(watch)

@@ -47,7 +47,9 @@ def test_every_architecture_loads_with_its_own_logits(
     tokens = torch.tensor([[5, 40, 77, 12]])
     with torch.no_grad():
         assert torch.allclose(
-            lm.model(input_ids=tokens, use_cache=False).logits, plain_models[architecture](input_ids=tokens).logits, atol=1e-4
+            lm.model(input_ids=tokens, use_cache=False).logits,
+            plain_models[architecture](input_ids=tokens).logits,
+            atol=1e-4,
         )
     assert (lm.layers, lm.end_token, lm.stop_tokens) == (3, 2, frozenset({2}))
     assert lm.context == (128 if architecture == "mistral" else 160)

@@ -101,7 +101,9 @@ def test_a_kind_that_is_not_there_has_no_share() -> None:
     found = shares(answers("v", ("ambiguous", ["wrong"])))
     assert found["correct_answerable"] == (None, None, None)
     assert found["asked_back_ambiguous"][0] == 0.0
-    by_name = {e.metric: e for e in compare(answers("a", ("ambiguous", ["wrong"])), answers("b", ("ambiguous", ["wrong"])))}
+    by_name = {
+        e.metric: e for e in compare(answers("a", ("ambiguous", ["wrong"])), answers("b", ("ambiguous", ["wrong"])))
+    }
     assert by_name["correct_answerable"].low is None and by_name["correct_answerable"].n == 0
 
 

@@ -25,7 +25,9 @@ BETTER: list[Outcome] = (
 )  # fmt: skip
 
 
-def answers(version: str, outcomes: Sequence[Outcome], *, prefix: str = "i", kinds: Sequence[Kind] = KIND_OF) -> Answers:
+def answers(
+    version: str, outcomes: Sequence[Outcome], *, prefix: str = "i", kinds: Sequence[Kind] = KIND_OF
+) -> Answers:
     items = tuple(
         SuiteItem(Prompt(f"{prefix}{n}", (Message("user", f"Question {n}?"),)), kind) for n, kind in enumerate(kinds)
     )

@@ -5,7 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.studio.charts import (
@@ -63,7 +63,6 @@ def test_shares_and_differences():
     assert points(-0.0001) == "0.0"
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(finite, finite)
 def test_ticks_are_round_rise_evenly_and_span_the_values(a, b):
     low, high = min(a, b), max(a, b)
@@ -77,7 +76,6 @@ def test_ticks_are_round_rise_evenly_and_span_the_values(a, b):
     assert ticks[-1] >= high - slack
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.none() | finite, min_size=1, max_size=40).filter(lambda v: any(x is not None for x in v)))
 def test_a_line_stays_in_its_frame_and_breaks_at_gaps(values):
     root = inside(line_chart(curve(Series("a", tuple(values)), limit=0.5)))
@@ -98,7 +96,6 @@ def test_a_new_unit_is_marked():
     assert sum(line.get("class") == "cut" for line in root.iter("line")) == 1
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.tuples(share, share, difference, difference), min_size=1, max_size=6))
 def test_measures_stay_in_their_frame(rows):
     found = [Measure("s", "honest", before, after, low, high, 3) for before, after, low, high in rows]
@@ -119,7 +116,6 @@ def test_shape_tells_what_colour_tells():
     assert marks == [("circle", "mark better"), ("path", "mark worse"), ("circle", "mark unclear")]
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.integers(0, 500), min_size=4, max_size=4))
 def test_bars_add_up_to_their_whole_width(counts):
     names = ("correct", "abstained", "asked_back", "wrong")

@@ -1,7 +1,7 @@
 """Numbers to show: taken from the rows as they are, gaps kept."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.studio.figures import curves, gate_shares, measures, share_bars, thin
@@ -40,7 +40,6 @@ def test_what_is_missing_or_not_finite_stays_missing():
     assert measures(None) == ()
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.integers(0, 5000), st.integers(2, 200))
 def test_thinning_keeps_both_ends_and_the_order(count, most):
     kept = thin(count, most)

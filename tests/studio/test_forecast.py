@@ -47,7 +47,9 @@ def test_counts_by_hand(tiny_dirs: dict[str, Path]) -> None:
 
 def test_a_round_takes_no_more_prompts_than_there_are(tiny_dirs: dict[str, Path]) -> None:
     """`Workbench.pick` walks on into the next pass, so a round may ask a question twice."""
-    found = forecast(recipe(tiny_dirs["llama"], supervised={"enabled": False}, update={"rounds": 1, "prompts": 60, "samples": 2}))
+    found = forecast(
+        recipe(tiny_dirs["llama"], supervised={"enabled": False}, update={"rounds": 1, "prompts": 60, "samples": 2})
+    )
     assert found["replies_judged"] == 60 * 2
 
 
@@ -62,7 +64,9 @@ def test_a_round_takes_no_more_prompts_than_there_are(tiny_dirs: dict[str, Path]
         {"lora": {"from_depth": 0.0}},
     ],
 )
-def test_more_work_takes_longer(more: dict[str, dict[str, Any]], tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_work_takes_longer(
+    more: dict[str, dict[str, Any]], tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_speed", lambda: {"narrow": 1e7, "wide": 1e7})
     seconds = [forecast(recipe(tiny_dirs["llama"], **m))["estimated_seconds"] for m in ({}, more)]
     assert seconds[1] > seconds[0]
@@ -78,7 +82,9 @@ def test_what_a_user_should_think_about_is_said(tiny_dirs: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt_neox"])
-def test_parameters_are_counted_from_the_config(kind: str, tiny_dirs: dict[str, Path], tiny_lms: dict[str, Any]) -> None:
+def test_parameters_are_counted_from_the_config(
+    kind: str, tiny_dirs: dict[str, Path], tiny_lms: dict[str, Any]
+) -> None:
     """All that a token is multiplied with: linear layers and the output matrix."""
     import torch
 

@@ -35,6 +35,8 @@ def test_what_got_worse_is_never_crowded_out(story):
     assert shown.count("worse") >= 3
     assert {p.kind for p in data.comparison.shown} == {"answerable", "unanswerable", "ambiguous"}
     assert data.comparison.total == 240
+    few = gather(story(name="few", repeat=2).whole(), Caps(pairs=2))
+    assert [p.change for p in few.comparison.shown] == ["worse", "worse"]
 
 
 def test_disagreement_comes_first_and_units_share_the_cards(story):

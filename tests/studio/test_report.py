@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tutelage.errors import StoreError
+from tutelage.records import Decision
 from tutelage.store.runs import Run
 from tutelage.studio.gather import gather
 from tutelage.studio.page import Caps
@@ -232,6 +233,15 @@ def test_a_run_that_broke_off_shows_its_gaps(story):
     assert "no data: the ledger holds no verdicts on replies." in page.seen
     assert "Sections without data" in page.seen
     assert "When nobody could know the answer" in page.seen
+
+
+def test_a_decision_without_evidence_shows_the_gap(story):
+    made = story()
+    refusal = Decision("honesty", "r1", "start", False, "rejected: the gate suite is empty, so there is no evidence")
+    made.write("final", "evaluate", "r1", lambda unit: unit.decision(refusal))
+    page = Page(render(gather(made.run)))
+    assert "✕ refused r1 against start" in page.seen
+    assert "no data: this decision was made without evidence." in page.seen
 
 
 def test_an_empty_ledger_still_makes_a_page(story):

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.studio.samples import (
@@ -38,7 +38,6 @@ def reply(name, prompt="p"):
     }  # fmt: skip
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.sampled_from("abc"), max_size=60), st.integers(0, 40))
 def test_no_group_is_favoured(groups, most):
     chosen = balanced(list(enumerate(groups)), lambda x: x[1], lambda x: x[0], most)

@@ -24,7 +24,7 @@ from tutelage.store.prompts import read_prompts, read_suite
 from tutelage.store.runs import Run
 
 # Counts up when the way a critic is trained changes: an older cached one must not be taken.
-_CRITIC_REVISION = 3
+_CRITIC_REVISION = 4
 
 __all__ = ["inputs", "play", "set_up"]
 
@@ -85,7 +85,9 @@ def _critic(recipe: Recipe, lm: LanguageModel, adapter: Adapter, encoder: Encode
     paths = _labelled(recipe)
     questions, replies = read_labelled(paths[0], KINDS), read_labelled(paths[1], ACTS)
     texts = [[r.text, r.label] for r in (*questions, *replies)]
-    version = content_hash([lm.fingerprint, str(lm.dtype), sorted(adapter.layers), texts, __version__, _CRITIC_REVISION])
+    version = content_hash(
+        [lm.fingerprint, str(lm.dtype), sorted(adapter.layers), texts, __version__, _CRITIC_REVISION]
+    )
     home = cache_dir() / "critics" / version
     if not (home / "ready").is_file():
         progress.stage("train critic", len(questions), "labelled questions")

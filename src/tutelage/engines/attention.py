@@ -23,7 +23,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from tutelage.errors import ModelError
 
 __all__ = ["AttentionPlan", "KeyValueMemory", "attention_plan", "install"]
 
@@ -153,8 +156,15 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **_: object,
+    **extra: object,
 ) -> tuple[torch.Tensor, None]:
+    strange = [name for name in ("softcap", "s_aux", "position_bias") if extra.get(name) is not None]
+    if strange:  # leaving these out would change the model in silence
+        raise ModelError(
+            f"this model changes its attention logits by {strange[0]}, which the engine does not compute",
+            expected="plain scaled dot-product attention",
+            fix="choose another model",
+        )
     index = int(getattr(module, "layer_idx", 0))
     plan = _active[-1] if _active else None
     if plan is not None and plan.memory is not None:
@@ -176,4 +186,5 @@ def _attention(
 def install() -> str:
     """Register the attention function with transformers and return its name."""
     AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # without one, a padding mask would be dropped
     return NAME

@@ -42,19 +42,15 @@ class Encoder:
         self._known: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
-    def embed(self, texts: Sequence[str], *, batch: int = 64) -> torch.Tensor:
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """(texts, dimensions) float32 rows of length one; an equal text is computed once.
 
         A text of control characters or nothing still gets a row.
         """
-        # Short texts together: little padding. Each distinct text is computed in a fixed order.
-        missing = sorted({t for t in texts if t not in self._known}, key=lambda t: (len(t), t))
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            tokens = self._tokenizer(part, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        # One by one: in a batch the last bits would depend on the company, and a resumed run, whose
+        # batches differ, would not end bit-equal. The model is small; the cost is a few milliseconds.
+        for text in dict.fromkeys(t for t in texts if t not in self._known):
+            tokens = self._tokenizer([text], truncation=True, max_length=128, return_tensors="pt")
             states = self._model(**tokens).last_hidden_state
-            keep = tokens["attention_mask"][..., None].to(states.dtype)
-            pooled = (states * keep).sum(1) / keep.sum(1).clamp_min(1.0)
-            for text, row in zip(part, F.normalize(pooled, dim=-1), strict=True):
-                self._known[text] = row
+            self._known[text] = F.normalize(states.mean(1), dim=-1)[0]
         return torch.stack([self._known[t] for t in texts]) if texts else torch.zeros(0, 384)

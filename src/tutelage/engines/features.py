@@ -15,7 +15,7 @@ import torch
 
 from tutelage.engines.attention import AttentionPlan, attention_plan
 from tutelage.engines.load import LanguageModel
-from tutelage.engines.packing import Group, pack
+from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import ModelError
 
 __all__ = ["Probe", "Reading", "read_trunk"]
@@ -54,8 +54,8 @@ def read_trunk(
 ) -> Reading:
     """Read probes and, with `watch`, the inputs of linear layers, all in one pass.
 
-    A `mean` probe pools over the tokens that are the prompt's own (what all prompts share is left
-    out). Without `watch` the pass stops at the deepest probe.
+    A `mean` probe pools over the tokens after the template's lead, whatever the other prompts share.
+    Without `watch` the pass stops at the deepest probe.
     """
     wanted = [min(lm.layers - 1, round(p.depth * lm.layers)) for p in probes]
     caught: dict[int, torch.Tensor] = {}
@@ -81,12 +81,18 @@ def read_trunk(
                 if probe.pool == "last":
                     rows[n].append(states[list(part.prompt_end)])
                 else:
-                    rows[n].append(torch.stack([states[a:b].mean(0) for a, b in part.prompt_spans]))
+                    rows[n].append(torch.stack([states[own].mean(0) for own in _own_tokens(lm, part)]))
     finally:
         for handle in handles:
             handle.remove()
     whole = {path: torch.cat(parts) for path, parts in inputs.items()}
     return Reading([torch.cat(r).float().cpu() for r in rows], {path: whole[twin] for path, twin in twins.items()})
+
+
+def _own_tokens(lm: LanguageModel, part: Pack) -> list[list[int]]:
+    """Where in the pack each prompt's tokens lie, from where the template's lead ends."""
+    shared = list(range(lm.lead, part.root))
+    return [shared + list(range(a + max(0, lm.lead - part.root), b)) for a, b in part.prompt_spans]
 
 
 def _twins(seen: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -7,6 +7,7 @@ never run (`trust_remote_code` stays off).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 from tutelage.engines import attention, weights
+from tutelage.engines.packing import common_prefix
 from tutelage.errors import InputError, ModelError
-from tutelage.records import Prompt, content_hash
+from tutelage.records import Message, Prompt, content_hash
 
 __all__ = ["LanguageModel", "choose_device", "choose_dtype", "describe", "gguf_to_directory", "load_model"]
 
@@ -64,6 +66,12 @@ class LanguageModel:
             flat = value.detach().flatten()
             parts.append([name, list(value.shape), flat[:: max(1, flat.numel() // 16)].float().tolist()])
         return content_hash(parts)
+
+    @functools.cached_property
+    def lead(self) -> int:
+        """Tokens with which the chat template begins every single-turn prompt."""
+        probes = [Prompt("lead", (Message("user", text),)) for text in ("alpha", "7 beta", "Zeta?")]
+        return common_prefix([self.encode(p) for p in probes])
 
     @property
     def body(self) -> Any:
@@ -173,8 +181,8 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", hub: boo
             fix="use an instruct model, or add the template its training used",
         )
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=number, use_safetensors=True, trust_remote_code=False
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=number, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
@@ -182,6 +190,13 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", hub: boo
             expected="a causal language model of transformers with safetensors weights",
             fix="check the directory; convert pickled weights to safetensors first",
         ) from error
+    absent = sorted(report.get("missing_keys") or ())
+    if absent:  # transformers would fill them with random numbers
+        raise ModelError(
+            f"the weights in {source} lack {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else ""),
+            expected="every weight that config.json implies",
+            fix="restore the missing safetensors files",
+        )
     model.set_attn_implementation(attention.install())
     model.requires_grad_(False)
     model.eval().to(place)
@@ -243,8 +258,14 @@ def gguf_to_directory(file: Path, target: Path) -> None:
     Raises:
         ModelError: The file is not a GGUF that transformers can read.
     """
+    import struct
+
     import transformers
     from transformers import GgufConfig
+
+    with file.open("rb") as handle:
+        if handle.read(4) != b"GGUF":
+            raise ModelError(f"{file} is no GGUF file", expected="a file that begins with GGUF", fix="check the path")
 
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -256,7 +277,7 @@ def gguf_to_directory(file: Path, target: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(gguf_file=file.name, dequantize=True),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, IndexError, TypeError, EOFError, struct.error) as error:
         raise ModelError(
             f"{file} could not be read as GGUF ({_first_line(error)})",
             expected="a GGUF file of an architecture that transformers knows",

@@ -94,9 +94,10 @@ class LocalCompleter:
             InputError: A prompt does not fit into the context.
         """
         openings = list(opening) if opening is not None else [""] * len(prompts)
+        leads = [self._opening(o) for o in openings]
         encoded = [
-            self.lm.encode(p, room=settings.max_new_tokens) + self._opening(o)
-            for p, o in zip(prompts, openings, strict=True)
+            self.lm.encode(p, room=settings.max_new_tokens + len(lead)) + lead
+            for p, lead in zip(prompts, leads, strict=True)
         ]
         greedy = dataclasses.replace(settings, temperature=0.0, top_k=0, top_p=1.0)
         jobs = [

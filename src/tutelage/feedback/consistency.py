@@ -45,7 +45,7 @@ def semantic_entropy(labels: Sequence[int], weights: Sequence[float] | None = No
         labels: Cluster of each reply.
         weights: Probability of each reply (normalised here); None counts each once (discrete form).
 
-    Source: Farquhar et al. 2024, Nature 630, equations 5 (weighted) and 8 (discrete).
+    Source: Farquhar et al. 2024, Nature 630, semantic entropy and its discrete form.
     """
     mass: dict[int, float] = {}
     for label, weight in zip(labels, weights or [1.0] * len(labels), strict=True):

@@ -97,6 +97,8 @@ def load_constitution(path: Path) -> Constitution:
 def _principle(path: Path, number: int, entry: Mapping[str, Any]) -> Principle:
     place = f"principle {number} of {path}"
     known = {f.name for f in dataclasses.fields(Principle)}
+    if not isinstance(entry, dict):
+        raise InputError(f"{place} is {entry!r}", expected="a [[principles]] table", fix="mend the entry")
     strange = sorted(set(entry) - known)
     missing = sorted({"id", "text", "scope", "wants"} - set(entry))
     if strange or missing:
@@ -106,7 +108,7 @@ def _principle(path: Path, number: int, entry: Mapping[str, Any]) -> Principle:
         if entry[key] not in allowed:
             raise InputError(f"{place}: {key} is '{entry[key]}'", expected=" | ".join(allowed))
     weight = entry.get("weight", 1.0)
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or weight <= 0:
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < float("inf"):
         raise InputError(f"{place}: weight is {weight!r}", expected="a number above 0")
     examples = entry.get("examples", [])
     try:
@@ -114,6 +116,8 @@ def _principle(path: Path, number: int, entry: Mapping[str, Any]) -> Principle:
     except (TypeError, KeyError) as error:
         raise InputError(f"{place}: an example is incomplete", expected="{prompt, bad, good}") from error
     fallback = str(entry.get("fallback") or (shown[0][2] if shown else ""))
+    if not isinstance(entry.get("openings", []), list):
+        raise InputError(f"{place}: openings is no list", expected='for example openings = ["I don\'t know"]')
     openings = tuple(str(o) for o in entry.get("openings", ()))
     if entry["wants"] != "answers" and not (openings or fallback):
         raise InputError(

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from threadpoolctl import threadpool_limits
 
 from tutelage.engines.encoder import Encoder
 from tutelage.engines.features import Probe, Reading, read_trunk
@@ -56,7 +58,7 @@ def read_labelled(path: Path, labels: Sequence[str]) -> list[LabelledText]:
     """
     rows: list[LabelledText] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}", expected="a UTF-8 JSONL file") from error
     for number, line in enumerate(lines, 1):
@@ -93,7 +95,7 @@ class Head:
     def fit(cls, features_NF: np.ndarray, labels_N: np.ndarray, count: int, strength: float) -> Head:
         """Fit on integer labels 0..count-1; `strength` is scikit-learn's C."""
         mean, scale = features_NF.mean(0), features_NF.std(0) + 1e-6
-        model = LogisticRegression(C=strength, max_iter=1000)
+        model = _regression(strength)
         model.fit((features_NF - mean) / scale, labels_N)
         weight = np.zeros((count, features_NF.shape[1]))
         bias = np.full(count, -30.0)
@@ -144,6 +146,10 @@ def directions(
     return found
 
 
+def _regression(strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=1000)
+
+
 def _full(model: LogisticRegression) -> tuple[np.ndarray, np.ndarray]:
     """Coefficients a class; scikit-learn keeps one row for two classes."""
     if len(model.classes_) == 2:
@@ -186,6 +192,19 @@ class Critic:
         version: str,
     ) -> Critic:
         """Fit the heads on what the trunk read in the labelled questions (see `read_questions`)."""
+        # One thread: the problems are so small that threads cost fifty times what they bring.
+        with threadpool_limits(1):
+            return cls._train(reading, encoder, questions, replies, version)
+
+    @classmethod
+    def _train(
+        cls,
+        reading: Reading,
+        encoder: Encoder,
+        questions: Sequence[LabelledText],
+        replies: Sequence[LabelledText],
+        version: str,
+    ) -> Critic:
         features = [x.numpy().astype(np.float64) for x in reading.probes]
         kinds = np.array([KINDS.index(q.label) for q in questions])
         strengths = [0.001 if p.pool == "mean" else 0.01 for p in PROBES]
@@ -195,13 +214,13 @@ class Critic:
         for part, strength in zip(features, strengths, strict=True):
             heads.append(Head.fit(part, kinds, len(KINDS), strength))
             scaled = (part - part.mean(0)) / (part.std(0) + 1e-6)
-            model = LogisticRegression(C=strength, max_iter=1000)
+            model = _regression(strength)
             need_cv += cross_val_predict(model, scaled, kinds, cv=folds, method="predict_proba") / len(features)
         act_features = _reply_features(encoder, [r.text for r in replies])
         acts = np.array([ACTS.index(r.label) for r in replies])
         act_head = _fit_acts(act_features, acts)
         act_cv = cross_val_predict(
-            LogisticRegression(C=_ACT_STRENGTH, max_iter=1000),
+            _regression(_ACT_STRENGTH),
             act_features,
             acts,
             cv=folds,
@@ -251,7 +270,7 @@ class Critic:
             heads = [Head(*(tensors[f"need{i}.{f}"] for f in fields)) for i in range(len(PROBES))]
             act = Head(*(tensors[f"act.{f}"] for f in fields))
             return cls(heads, act, json.loads(meta["quality"]), meta["version"])
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise ModelError(f"{path} holds no critic ({error})", expected="a file written by Critic.save") from error
 
 
@@ -260,7 +279,7 @@ _ACT_STRENGTH = 3.0
 
 def _fit_acts(features_NF: np.ndarray, labels_N: np.ndarray) -> Head:
     """As `Head.fit`, but without standardising: hashed counts are sparse and already of unit length."""
-    model = LogisticRegression(C=_ACT_STRENGTH, max_iter=1000).fit(features_NF, labels_N)
+    model = _regression(_ACT_STRENGTH).fit(features_NF, labels_N)
     weight, bias = _full(model)
     size = features_NF.shape[1]
     return Head(weight, bias, np.zeros(size), np.ones(size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,8 @@ class Panel:
             return
         needs, sure = self.critic.needs(lm, [p.text for p in fresh])
         for prompt, row, value in zip(fresh, needs.tolist(), sure.tolist(), strict=True):
-            self._needs[prompt.hash] = (row, value)
+            # Rounded: the last bits depend on which questions are read together.
+            self._needs[prompt.hash] = ([round(x, 3) for x in row], round(value, 3))
 
     def listen(self, prompts: Sequence[Prompt], spreads: Sequence[GroupSpread]) -> None:
         """Keep what the start model's own consistency says of the questions (first look counts)."""
@@ -88,13 +90,14 @@ class Panel:
         row, sure = needs if needs is not None else (None, 0.0)
         return fuse(row, sure, odds, weight=self.settings.consistency_weight)
 
-    def state(self) -> dict[str, float]:
-        """What a resumed run must know of the first look: log-odds by prompt hash."""
-        return dict(self._odds)
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know of the questions: what was read in them, and heard of them."""
+        return {"odds": dict(self._odds), "needs": dict(self._needs)}
 
-    def load(self, odds: dict[str, float]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Take `state` over."""
-        self._odds = dict(odds)
+        self._odds = dict(state["odds"])
+        self._needs = {key: (list(row), float(sure)) for key, (row, sure) in state["needs"].items()}
 
     def examine(
         self, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], *, first_look: bool

@@ -54,6 +54,6 @@ def mix_advantages(reward_PG: torch.Tensor, cost_PG: torch.Tensor, multiplier: f
     """(A_R - lambda A_C) / (1 + lambda): the step keeps its size whatever lambda is.
 
     Both advantages are expected on the same scale (the same normalisation).
-    Source: Dai et al. 2023 (arXiv 2310.12773), equation 10.
+    Source: Dai et al. 2023 (arXiv 2310.12773), the PPO-Lag update of Safe RLHF.
     """
     return (reward_PG - multiplier * cost_PG) / (1.0 + multiplier)

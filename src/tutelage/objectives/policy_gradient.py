@@ -106,13 +106,13 @@ class Grpo:
 class Rloo:
     """REINFORCE with a leave-one-out baseline, the reply as one action.
 
-    Objective: L = - 1/B sum_b min(rho_b G_b, clip(rho_b, 1-e, 1+e) G_b) + beta/B sum_bt KL_k3, where
-    rho_b is the ratio of the whole reply; with credit per token the score of token t carries its
-    own reward-to-go and the ratio of the tokens up to t.
+    Objective: L = - 1/B sum_b sum_t min(rho_b G_bt, clip(rho_b, 1-e, 1+e) G_bt) + beta/B sum_bt KL_k3,
+    where rho_b is the ratio of the whole reply and token t's score carries its own reward-to-go. With
+    equal advantages the gradient is that of rho_b G_b; the value counts it once a token.
     Difference: GRPO averages over tokens and clips each token's ratio alone.
     Assumption: few steps per batch, so that the ratio of a sequence stays near one; far off policy
     its variance explodes and the clip silences most rows (watch `clip_fraction`).
-    Source: Ahmadian et al. 2024 (arXiv 2402.14740), equation 5; clipping as in TRL's trainer.
+    Source: Ahmadian et al. 2024 (arXiv 2402.14740), the RLOO estimator; clipping as in TRL's trainer.
     """
 
     clip: float = 0.2
@@ -122,9 +122,10 @@ class Rloo:
     def __call__(self, batch: Batch) -> Loss:
         """Loss of one part of a step."""
         log_ratio = (batch.logp_BT - batch.old_logp_BT) * batch.keep_BT
-        # Up to token t: with equal advantages this telescopes to the sequence ratio's gradient.
-        before = (log_ratio.cumsum(-1) - log_ratio).detach()
-        ratio = (before + log_ratio).clamp(-20.0, 20.0).exp()
+        # The whole reply's ratio at every token, with the gradient of the token's own factor: summed
+        # over tokens with equal advantages that is the gradient of the sequence ratio.
+        others = (log_ratio.sum(-1, keepdim=True) - log_ratio).detach()
+        ratio = (others + log_ratio).clamp(-20.0, 20.0).exp()
         clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)
         gain = torch.minimum(ratio * batch.advantage_BT, clipped * batch.advantage_BT)
         divergence = kl_k3(batch.logp_BT, batch.ref_logp_BT)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -206,7 +207,23 @@ class Adapter:
         file = folder / "adapter_model.safetensors"
         if not file.is_file():
             raise ModelError(f"{folder} holds no adapter", expected="adapter_model.safetensors", fix="check the path")
-        self.load_state(load_file(str(file)), where=str(folder))
+        try:
+            state = load_file(str(file))
+            config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            scale = float(config["lora_alpha"]) / float(config["r"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ModelError(
+                f"the adapter in {folder} cannot be read ({error})",
+                expected="adapter_model.safetensors and adapter_config.json as PEFT writes them",
+                fix="restore the files from a copy",
+            ) from error
+        if config["r"] == self.rank and abs(scale - self.alpha / self.rank) > 1e-9:
+            raise ModelError(
+                f"the adapter in {folder} was trained with alpha / rank = {scale:g}",
+                expected=f"{self.alpha / self.rank:g}, as here",
+                fix="attach with the same alpha and rank",
+            )
+        self.load_state(state, where=str(folder))
 
 
 def _layer_number(path: str) -> int:
@@ -255,7 +272,7 @@ def attach(
         raise ModelError(
             f"no linear layer is named {', '.join(targets)}",
             expected=f"some of: {', '.join(present)}",
-            fix="change update.targets in the recipe, or leave it empty for all",
+            fix="change lora.targets in the recipe, or leave it empty for all",
         )
     switch = _Switch()
     generator = torch.Generator().manual_seed(seed)

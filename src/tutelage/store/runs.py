@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tutelage.config import Recipe, load_recipe
 from tutelage.errors import RunBusy, StoreError
 from tutelage.store.ledger import Ledger
@@ -135,9 +137,13 @@ class Run:
                     os.fsync(handle.fileno())
             shutil.rmtree(target, ignore_errors=True)  # only ever a leftover of an unfinished unit
             scratch.replace(target)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise _store_error(target, error) from error
+            if isinstance(error, SafetensorError):  # what its writer makes of a full disk
+                raise _store_error(target, OSError(str(error))) from error
+            if isinstance(error, OSError):
+                raise _store_error(target, error) from error
+            raise
         return target
 
     def verify_checkpoint(self, version: str) -> Path:
@@ -150,7 +156,13 @@ class Run:
         manifest = folder / "manifest.json"
         if not manifest.is_file():
             raise StoreError(f"checkpoint '{version}' of {self.name} is missing", expected=str(folder))
-        for name, digest in json.loads(manifest.read_text(encoding="utf-8")).items():
+        try:
+            hashes = dict(json.loads(manifest.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{manifest} is damaged", expected="a JSON table of hashes", fix="restore it, or start the run anew"
+            ) from error
+        for name, digest in hashes.items():
             if not (folder / name).is_file() or _sha256(folder / name) != digest:
                 raise StoreError(
                     f"{folder / name} does not match its manifest",

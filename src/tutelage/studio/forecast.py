@@ -144,13 +144,19 @@ def forecast_lines(found: dict[str, Any]) -> list[str]:
     minutes = found["estimated_seconds"] / 60
     lines = [
         f"recipe {found['recipe']} ({found['recipe_hash']}) on {found['model']}",
-        f"  prompts: {found['training_prompts']} to learn from, {found['gate_items']} for the gate, "
-        f"{found['heldout_items']} held out",
-        f"  judges: {', '.join(found['judges'])}; {found['principles']} principles; "
-        f"{found['replies_judged']} replies will be judged",
+        (
+            f"  prompts: {found['training_prompts']} to learn from, {found['gate_items']} for the gate, "
+            f"{found['heldout_items']} held out"
+        ),
+        (
+            f"  judges: {', '.join(found['judges'])}; {found['principles']} principles; "
+            f"{found['replies_judged']} replies will be judged"
+        ),
         f"  learning: {found['optimiser_steps']} optimiser steps, {found['rounds']} policy-gradient rounds",
-        f"  estimated time {minutes:.1f} minutes, memory {found['estimated_memory_bytes'] / 1e9:.1f} GB, "
-        "on this machine as it is now",
+        (
+            f"  estimated time {minutes:.1f} minutes, memory {found['estimated_memory_bytes'] / 1e9:.1f} GB, "
+            "on this machine as it is now"
+        ),
     ]
     lines += [f"  warning: {w}" for w in found["warnings"]]
     return [*lines, "the recipe is valid"]
