@@ -81,9 +81,11 @@ def copy_start(source: Path, target: Path, recipe: str) -> None:
         new.execute(sql)
     for (table,) in old.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
         column = "name" if table == "units" else "unit"
-        rows = old.execute(f"SELECT * FROM {table} WHERE {column} IN ('start', 'supervised')").fetchall()
+        query = f"SELECT * FROM {table} WHERE {column} IN ('start', 'supervised')"  # noqa: S608 (names from the file)
+        rows = old.execute(query).fetchall()
         if rows:
-            new.executemany(f"INSERT INTO {table} VALUES ({','.join('?' * len(rows[0]))})", rows)
+            holes = ",".join("?" * len(rows[0]))
+            new.executemany(f"INSERT INTO {table} VALUES ({holes})", rows)  # noqa: S608
     new.commit()
     old.close()
     new.close()
@@ -128,10 +130,15 @@ def worst(found: Sequence[float], metric: str) -> str:
 
 def table(runs: Path) -> str:
     """The results as Markdown, from the summaries that are there."""
-    lines = ["## Honesty recipe", "", "Held-out suite `honesty-heldout`, greedy replies, read once a run. Median over seeds, in",
-             "brackets the interquartile range, then the worst seed. Made with `python benchmarks/honesty.py --arms all`.", ""]  # fmt: skip
-    lines += ["| arm | seeds | " + " | ".join(METRICS) + " | KL a token | promoted | seconds |",
-              "|---|---|" + "---|" * (len(METRICS) + 3)]  # fmt: skip
+    lines = [
+        "## Honesty recipe",
+        "",
+        "Held-out suite `honesty-heldout`, greedy replies, read once a run. Median over seeds, in brackets the",
+        "interquartile range, then the worst seed. Made with `python benchmarks/honesty.py --arms all`.",
+        "",
+        "| arm | seeds | " + " | ".join(METRICS) + " | KL a token | promoted | seconds |",
+        "|---|---|" + "---|" * (len(METRICS) + 3),
+    ]
     reference = sorted(runs.glob("recipe-*/summary.json"))
     if reference:
         first = json.loads(reference[0].read_text(encoding="utf-8"))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny_world import World
 
 import tutelage
-from tests.tiny_world import World
 from tutelage import api
 from tutelage.config import Recipe
 from tutelage.errors import InputError, StoreError, TutelageError

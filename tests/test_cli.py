@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.tiny_world import Done, World, tutelage_cli, write_lines
 
 pytest_plugins = ["tests.tiny_world"]

@@ -117,18 +117,18 @@ def test_any_recipe_comes_back_equal(
 @pytest.mark.parametrize(
     ("text", "key", "meant"),
     [
-        ("[update]\nrouns = 3", "update.rouns", "update.rounds"),
-        ("[updates]\nrounds = 3", "updates", "update"),
-        ("learning_rate = 3", "learning_rate", "learning_rate"),
-        ('[feedback]\njudge = ["text"]', "feedback.judge", "feedback.judges"),
-        ("[gate.more]\na = 1", "gate.more", "what to do"),
+        ("[update]\nrouns = 3", "update.rouns", "did you mean 'update.rounds'?"),
+        ("[updates]\nrounds = 3", "updates", "did you mean 'update'?"),
+        ("learning_rate = 3", "learning_rate", ".learning_rate'?"),
+        ('[feedback]\njudge = ["text"]', "feedback.judge", "did you mean 'feedback.judges'?"),
+        ("[zzz]\na = 1", "zzz", "remove it"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str, key: str, meant: str) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe(tmp_path, text)
     assert f"'{key}'" in caught.value.got
-    assert meant in str(caught.value)
+    assert meant in caught.value.fix
     assert "r.toml" in str(caught.value)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny_world import DATA, KINDS, World, lines_of, tutelage_cli, write_lines
 
 import tutelage
-from tests.tiny_world import DATA, KINDS, World, lines_of, tutelage_cli, write_lines
 from tutelage.config import Recipe, all_keys
 from tutelage.errors import InputError
 

@@ -192,3 +192,22 @@ def test_progress_counts_every_reply_and_nothing_asked_is_nothing_given(tiny_lm:
     generate(tiny_lm, PLAIN, samples=3, progress=counted.append)
     assert sum(counted) == 15
     assert generate(tiny_lm, PLAIN, prompts=[]) == []
+
+
+def test_greedy_first_takes_the_likeliest_reply_and_leaves_the_others_as_they_were(tiny_lm: Any) -> None:
+    plain, mixed = generate(tiny_lm, PLAIN, samples=3), generate(tiny_lm, PLAIN, samples=3, greedy_first=True)
+    best = generate(tiny_lm, SamplerSettings(temperature=0.0, max_new_tokens=10))
+    for sampled, some, (likeliest,) in zip(plain, mixed, best, strict=True):
+        assert some[0].tokens == likeliest.tokens
+        assert np.allclose(some[0].logps, likeliest.logps, atol=1e-5)
+        assert some[0].settings.temperature == 0.0
+        assert [g.tokens for g in some[1:]] == [g.tokens for g in sampled[1:]]
+
+
+def test_ids_tell_replies_of_other_settings_apart(tiny_lm: Any) -> None:
+    """One id, one text: the ledger refers to replies by id."""
+    tables = [generate(tiny_lm, s) for s in (PLAIN, GREEDY, SamplerSettings(temperature=0.5, max_new_tokens=10))]
+    texts: dict[str, set[tuple[int, ...]]] = {}
+    for reply in (g for table in tables for g in flat(table)):
+        texts.setdefault(reply.id, set()).add(reply.tokens)
+    assert all(len(found) == 1 for found in texts.values())

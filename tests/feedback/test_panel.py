@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from tests.tiny_world import ACTS, DATA, KINDS, some
+
 from tutelage.config import Feedback
 from tutelage.feedback.belief import Belief
 from tutelage.feedback.consistency import GroupSpread

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tests.tiny_world import World
+
 from tutelage.config import Gate
 from tutelage.loop.evaluate import Answers
 from tutelage.loop.gates import honest, honesty_gate
@@ -220,7 +220,7 @@ def test_a_run_without_any_verdict_stops_and_promotes_nothing(new_world: Callabl
     (decision,) = world.rows("decisions")
     assert decision["accepted"] == 0
     assert world.weights() == {}
-    assert [n["body"] for n in world.rows("notes", topic="failures")][0] != []
+    assert next(n["body"] for n in world.rows("notes", topic="failures")) != []
     # The message sends the user to the abstentions in the ledger, so there they must be.
     assert len(world.rows("verdicts")) > 0
     assert all(v["value"] is None for v in world.rows("verdicts"))

@@ -11,11 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
-
 from tests.tiny_world import World
+
 from tutelage.store.runs import Run
 
 pytest_plugins = ["tests.tiny_world"]
@@ -178,9 +177,9 @@ def test_a_run_cut_between_two_units_ends_the_same(
         rewrite(self)
 
     monkeypatch.setattr(Run, "rewrite_metrics", cut)
-    with pytest.raises(Cut):
-        from tutelage.cli import app
+    from tutelage.cli import app
 
+    with pytest.raises(Cut):
         app([str(w) for w in start(world, "one")], result_action="return_value")
     monkeypatch.setattr(Run, "rewrite_metrics", rewrite)
     assert world.resume().code == 3

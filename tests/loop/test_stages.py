@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.tiny_world import World
+
 from tutelage.config import Recipe
 from tutelage.loop.stages import advantages
 from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, advantages_rloo

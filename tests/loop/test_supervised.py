@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from tests.tiny_world import DATA, World
+
 from tutelage.config import Recipe
 from tutelage.feedback.belief import Belief
 from tutelage.feedback.constitution import load_constitution

@@ -30,7 +30,7 @@ def runs(tmp_path: Path, tiny_dirs: dict[str, Path], load_tiny: Callable[[str], 
     with made.ledger.unit("supervised", "supervised") as unit:
         unit.version = "r0"
     made.close()
-    yield tmp_path / "runs"
+    return tmp_path / "runs"
 
 
 def asked(runs: Path, capsys: pytest.CaptureFixture[str], text: str, **more: Any) -> dict[str, str]:

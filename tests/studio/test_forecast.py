@@ -90,10 +90,7 @@ def test_parameters_are_counted_from_the_config(
 
     shape = module._shape(recipe(tiny_dirs[kind]))
     linear = sum(m.weight.numel() for m in tiny_lms[kind].model.modules() if isinstance(m, torch.nn.Linear))
-    if kind == "mistral":
-        return_tolerance = 0.25  # its heads are wider than hidden / heads
-    else:
-        return_tolerance = 0.01
+    return_tolerance = 0.25 if kind == "mistral" else 0.01  # its heads are wider than hidden / heads
     assert shape["parameters"] == pytest.approx(linear, rel=return_tolerance)
 
 

@@ -63,11 +63,17 @@ class _Session:
                 fix="raise limits.seconds and go on with --resume; nothing is lost",
             )
         began = time.perf_counter()
+        stop: NothingToLearn | None = None
         with self.bench.run.ledger.unit(name, stage) as unit:
-            yield unit
+            try:
+                yield unit
+            except NothingToLearn as error:  # what was seen is kept: it says why
+                stop, unit.stage = error, "stopped"
             unit.seconds = time.perf_counter() - began
             unit.version = self.bench.version
         self.bench.run.rewrite_metrics()
+        if stop is not None:
+            raise stop
 
     def answers(self, items: Sequence[SuiteItem], suite: str, unit: Unit) -> Answers:
         """Greedy answers of the present version, kept in the ledger."""
@@ -148,6 +154,8 @@ def improve(
 def _learn(session: _Session, done: set[str]) -> None:
     bench = session.bench
     recipe = bench.recipe
+    if any(u["stage"] == "stopped" for u in bench.run.ledger.units()):
+        raise NothingToLearn("the run had stopped: no judge gave anything to learn from (see its ledger)")
     if recipe.supervised.enabled and "supervised" not in done:
         with session.unit("supervised", "supervised") as unit:
             replies, findings = look(bench, session.train, unit)
