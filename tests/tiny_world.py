@@ -125,6 +125,7 @@ def make_world(folder: Path, model: Path, **changes: dict[str, Any]) -> World:
         },
         "sampling": {"max_new_tokens": 8},
         "feedback": {
+            "min_confidence": 0.2,  # a critic on random weights is sure of nothing
             "critic_questions": str(
                 write_lines(folder / "kinds.jsonl", some(critics / "honesty-questions.jsonl", "label", KINDS, 12))
             ),

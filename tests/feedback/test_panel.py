@@ -152,7 +152,10 @@ def test_a_belief_does_not_depend_on_what_is_read_with_it(
     together.prepare(tiny_lm, asked)
     for prompt in reversed(asked):
         apart.prepare(tiny_lm, [prompt])
-    assert [together.belief(p) for p in asked] == [apart.belief(p) for p in asked]
+    for prompt in asked:
+        one, other = together.belief(prompt), apart.belief(prompt)
+        assert one is not None and other is not None
+        assert one.as_dict() == pytest.approx(other.as_dict(), abs=2e-3)
 
 
 def test_a_meaning_does_not_depend_on_what_is_embedded_with_it(tiny_home: Any) -> None:

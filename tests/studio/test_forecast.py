@@ -46,11 +46,10 @@ def test_counts_by_hand(tiny_dirs: dict[str, Path]) -> None:
 
 
 def test_a_round_takes_no_more_prompts_than_there_are(tiny_dirs: dict[str, Path]) -> None:
-    """`Workbench.pick` walks on into the next pass, so a round may ask a question twice."""
     found = forecast(
         recipe(tiny_dirs["llama"], supervised={"enabled": False}, update={"rounds": 1, "prompts": 60, "samples": 2})
     )
-    assert found["replies_judged"] == 60 * 2
+    assert found["replies_judged"] == 50 * 2
 
 
 @pytest.mark.parametrize(

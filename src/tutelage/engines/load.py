@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from tutelage.engines import attention, weights
@@ -184,7 +185,7 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", hub: boo
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=number, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the model in {source} could not be loaded ({_first_line(error)})",
             expected="a causal language model of transformers with safetensors weights",

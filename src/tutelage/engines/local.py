@@ -119,7 +119,9 @@ class LocalCompleter:
             text = self.lm.decode(job.tokens)
             table[job.prompt].append(
                 Generation(
-                    id=content_hash([version, seed, prompt.id, prompt.hash, lead, job.sample]),
+                    id=content_hash(
+                        [version, seed, prompt.id, prompt.hash, lead, job.sample, dataclasses.astuple(job.settings)]
+                    ),
                     prompt_id=prompt.id,
                     sample=job.sample,
                     text=f"{lead} {text}".strip() if lead else text,

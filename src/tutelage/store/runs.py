@@ -73,6 +73,10 @@ class Run:
             StoreError: The folder exists already, or cannot be written.
         """
         chosen = name or f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if Path(chosen).name != chosen or chosen in (".", ".."):
+            raise StoreError(
+                f"'{chosen}' is no name for a run", expected="a plain name", fix="put the folder in --runs"
+            )
         folder = root / chosen
         try:
             folder.mkdir(parents=True, exist_ok=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.config import Recipe
+from tutelage.errors import ModelError
 
 __all__ = ["forecast", "forecast_lines"]
 
@@ -91,19 +92,26 @@ def _shape(recipe: Recipe) -> dict[str, float]:
     from tutelage.engines.load import describe
 
     folder = describe(recipe.model.name, hub=recipe.model.hub)
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    hidden = float(config["hidden_size"])
-    inner = float(config.get("intermediate_size", 4 * hidden))
-    layers = float(config["num_hidden_layers"])
-    heads = float(config["num_attention_heads"])
-    shared = float(config.get("num_key_value_heads") or heads) / heads
-    gates = 3.0 if config.get("hidden_act", "silu") in ("silu", "swish") else 2.0
-    body = layers * (hidden * hidden * (2 + 2 * shared) + gates * hidden * inner)
-    return {
-        "parameters": body + hidden * float(config["vocab_size"]),
-        "body": body,
-        "vocab": float(config["vocab_size"]),
-    }
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        hidden = float(config["hidden_size"])
+        inner = float(config.get("intermediate_size", 4 * hidden))
+        layers = float(config["num_hidden_layers"])
+        heads = float(config["num_attention_heads"])
+        shared = float(config.get("num_key_value_heads") or heads) / heads
+        gates = 3.0 if config.get("hidden_act", "silu") in ("silu", "swish") else 2.0
+        body = layers * (hidden * hidden * (2 + 2 * shared) + gates * hidden * inner)
+        return {
+            "parameters": body + hidden * float(config["vocab_size"]),
+            "body": body,
+            "vocab": float(config["vocab_size"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"config.json of {recipe.model.name} cannot be read ({error})",
+            expected="the config of a causal language model",
+            fix="check the model directory",
+        ) from error
 
 
 def _speed() -> dict[str, float]:
