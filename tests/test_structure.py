@@ -33,7 +33,8 @@ BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", 
 NO_BLIND_EXCEPT = ("feedback", "rewards", "credit", "objectives")
 NO_TORCH = ("errors.py", "records.py", "config.py", "cli.py", "store", "studio")
 # jinja2's own interface is made of markupsafe's type, so it cannot go away alone.
-PART_OF = {"markupsafe": "jinja2"}
+# threadpoolctl is how scikit-learn itself limits its threads, and comes with it.
+PART_OF = {"markupsafe": "jinja2", "threadpoolctl": "scikit-learn"}
 TEMPLATE = ("Objective:", "Difference:", "Assumption:", "Source:")
 
 

@@ -112,7 +112,7 @@ class Rloo:
     Difference: GRPO averages over tokens and clips each token's ratio alone.
     Assumption: few steps per batch, so that the ratio of a sequence stays near one; far off policy
     its variance explodes and the clip silences most rows (watch `clip_fraction`).
-    Source: Ahmadian et al. 2024 (arXiv 2402.14740), the RLOO estimator; clipping as in TRL's trainer.
+    Source: Ahmadian et al. 2024 (arXiv 2402.14740), section 3; clipping as in TRL's trainer.
     """
 
     clip: float = 0.2
