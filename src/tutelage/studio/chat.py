@@ -20,12 +20,12 @@ def talk(name: str | None, *, runs: Path, question: str | None, max_new_tokens: 
         max_new_tokens: Longest reply.
         as_json: One JSON object a question.
     """
-    from tutelage import api
     from tutelage.engines.local import LocalCompleter
+    from tutelage.loop.versions import load_for_use, open_run
 
-    folder = str(api.open_run(name, runs))
+    folder = str(open_run(name, runs))
     engines = {
-        when: LocalCompleter(api.load_for_use(folder, runs=runs, version=version), rows=1)
+        when: LocalCompleter(load_for_use(folder, runs=runs, version=version), rows=1)
         for when, version in (("before", "start"), ("after", None))
     }
     settings = SamplerSettings(0.0, max_new_tokens=max_new_tokens)

@@ -1,0 +1,72 @@
+"""Runs by name, and the model of any of their versions, ready for use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage.errors import StoreError
+from tutelage.store.runs import Run
+
+if TYPE_CHECKING:
+    from tutelage.engines.load import LanguageModel
+
+__all__ = ["load_for_use", "open_run"]
+
+
+def open_run(name: str | None, root: Path) -> Path:
+    """Folder of a run by name, by path, or the newest.
+
+    Raises:
+        StoreError: There is none.
+    """
+    from tutelage.store.runs import list_runs
+
+    if name is None:
+        found = list_runs(root)
+        if not found:
+            raise StoreError(f"there is no run in {root}", expected="a folder of runs", fix="start one: tutelage run")
+        return found[0]
+    for path in (root / name, Path(name)):
+        if (path / "recipe.toml").is_file():
+            return path
+    raise StoreError(f"there is no run '{name}' in {root}", expected="a name that `tutelage runs` lists")
+
+
+def load_for_use(spec: str, *, runs: str | Path = "runs", version: str | None = None) -> LanguageModel:
+    """A model for use: a run's promoted (or named) version, a model directory, a GGUF file, the embedded one.
+
+    Args:
+        spec: A model, or a run by name or path.
+        runs: Folder that holds runs.
+        version: Checkpoint of the run, or "start"; default: the promoted one, else the candidate.
+    """
+    from tutelage.engines.load import load_model
+    from tutelage.policy.lora import attach
+
+    folder = next((p for p in (Path(runs) / spec, Path(spec)) if (p / "recipe.toml").is_file()), None)
+    if folder is None:
+        return load_model(spec)
+    opened = Run.open(folder, write=False)
+    recipe = opened.recipe
+    lm = load_model(recipe.model.name, device=recipe.model.device, dtype=recipe.model.dtype, hub=recipe.model.hub)
+    chosen = version or _latest(opened)
+    if chosen != "start":
+        adapter = attach(
+            lm.model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=0, targets=recipe.lora.targets,
+            first_layer=round(recipe.lora.from_depth * lm.layers),
+            model_name=recipe.model.name,
+        )  # fmt: skip
+        adapter.load(opened.verify_checkpoint(chosen))
+    lm.name = f"{opened.name}@{chosen}"
+    opened.close()
+    return lm
+
+
+def _latest(opened: Run) -> str:
+    """The candidate version of a finished run, the last checkpoint of an unfinished one."""
+    summary = opened.summary()
+    if summary is not None:
+        return str(summary["candidate"])
+    units = opened.ledger.units()
+    return str(units[-1]["version"]) if units else "start"
