@@ -24,7 +24,7 @@ from tutelage.store.prompts import read_prompts, read_suite
 from tutelage.store.runs import Run
 
 # Counts up when the way a critic is trained changes: an older cached one must not be taken.
-_CRITIC_REVISION = 4
+_CRITIC_REVISION = 5
 
 __all__ = ["inputs", "play", "set_up"]
 

@@ -15,13 +15,16 @@ class Batch:
     """A part of one optimiser step.
 
     Args:
-        logp_BT: Log-probabilities under the model being trained; the only tensor with a gradient.
+        logp_BT: Log-probabilities under the model being trained; carries the gradient.
         keep_BT: 1.0 where a token trains.
         old_logp_BT: Log-probabilities under the policy that sampled (zeros for supervised rows).
         ref_logp_BT: Log-probabilities under the frozen start model.
         advantage_BT: What each token is worth: the reward-to-go of its credit, or a row's weight.
         rows_in_step: Rows that train in the whole step, over all its parts.
         tokens_in_step: Tokens that train in the whole step.
+        anchor_BT: What each token's drift weighs; None when nothing is anchored.
+        drift_BT: KL(start || policy) of the next-token distribution, exact, where `anchor_BT` is above
+            zero (zero elsewhere); carries a gradient.
     """
 
     logp_BT: torch.Tensor
@@ -31,6 +34,8 @@ class Batch:
     advantage_BT: torch.Tensor
     rows_in_step: int
     tokens_in_step: int
+    anchor_BT: torch.Tensor | None = None
+    drift_BT: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,14 +32,12 @@ __all__ = ["ACTS", "KINDS", "Critic", "Head", "LabelledText", "directions", "rea
 KINDS = ("answerable", "unanswerable", "ambiguous")
 ACTS = ("answers", "abstains", "asks_back")
 
-# Chosen on the labelled questions by cross-validation (docs/log.md), as shares of the depth.
-PROBES = (
-    Probe(0.6, "mean"),
-    Probe(0.67, "mean"),
-    Probe(0.47, "last"),
-    Probe(0.6, "last"),
-    Probe(0.47, "mean"),
+# Where the heads read, as shares of the depth, and how freely each may fit (scikit-learn's C): many
+# weak readers are surer together than a few (docs/log.md).
+PROBES = tuple(
+    [Probe(layer / 30, "mean") for layer in range(11, 24, 2)] + [Probe(layer / 30, "last") for layer in range(13, 20)]
 )
+_STRENGTH = {"mean": 0.006, "last": 0.02}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +205,7 @@ class Critic:
     ) -> Critic:
         features = [x.numpy().astype(np.float64) for x in reading.probes]
         kinds = np.array([KINDS.index(q.label) for q in questions])
-        strengths = [0.001 if p.pool == "mean" else 0.01 for p in PROBES]
+        strengths = [_STRENGTH[p.pool] for p in PROBES]
         folds = StratifiedKFold(5, shuffle=True, random_state=0)
         need_cv = np.zeros((len(kinds), len(KINDS)))
         heads = []

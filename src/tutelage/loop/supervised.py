@@ -55,7 +55,6 @@ def revise(
     """
     todo: list[tuple[Prompt, Principle, str, Belief]] = []
     found: list[tuple[Prompt, Target, tuple[int, ...]]] = []
-    keep = bench.recipe.supervised.keep_weight
     for prompt, replies, acts, belief in zip(prompts, replies_PG, findings.acts_PG, findings.beliefs, strict=True):
         if belief is None or belief.of(belief.kind) < bench.recipe.feedback.min_confidence:
             continue
@@ -68,9 +67,9 @@ def revise(
         best = max(range(len(replies)), key=lambda g: (acts[g][principle.wants] >= least, -g))
         if acts[best][principle.wants] >= least:
             reply = replies[best]
-            weight = belief.of(belief.kind) * (keep if principle.wants == "answers" else 1.0)
             reason = f"keeps '{principle.id}' ({belief.of(belief.kind):.2f})"
-            found.append((prompt, Target(prompt.id, reply.text, "own", principle.id, reason, weight), reply.tokens))
+            target = Target(prompt.id, reply.text, "own", principle.id, reason, belief.of(belief.kind))
+            found.append((prompt, target, reply.tokens))
         elif principle.wants != "answers":
             openings = principle.openings or (principle.fallback,)
             number = derive_seed(bench.recipe.seed, "opening", prompt.id) % len(openings)
@@ -114,8 +113,9 @@ def schedule(step: int, steps: int, *, warmup: int = 4) -> float:
 def imitate(bench: Workbench, targets: Sequence[tuple[Prompt, Target, tuple[int, ...]]], unit: Unit) -> None:
     """Supervised steps on the targets, in an order that the seed decides."""
     how = bench.recipe.supervised
+    wants = {p.id: p.wants for p in bench.panel.constitution.principles}
     groups = [
-        TrainGroup(bench.encode(p), (tokens,), ((t.weight,) * len(tokens),), (_zeros(tokens),), (_zeros(tokens),))
+        _group(bench.encode(p), t.weight, tokens, how.anchor if (t.origin, wants[t.principle]) == _KEPT else 0.0)
         for p, t, tokens in targets
     ]
     bench.restart_learner(how.learning_rate)
@@ -135,5 +135,12 @@ def imitate(bench: Workbench, targets: Sequence[tuple[Prompt, Target, tuple[int,
     bench.restart_learner(bench.recipe.update.learning_rate)
 
 
-def _zeros(tokens: Sequence[int]) -> tuple[float, ...]:
-    return (0.0,) * len(tokens)
+# An own answer that keeps the principles only holds the policy to the start; all else is imitated.
+_KEPT = ("own", "answers")
+
+
+def _group(prompt: tuple[int, ...], weight: float, tokens: tuple[int, ...], anchor: float) -> TrainGroup:
+    none, same = ((0.0,) * len(tokens),), ((weight,) * len(tokens),)
+    if anchor:
+        return TrainGroup(prompt, (tokens,), none, none, none, ((anchor * weight,) * len(tokens),))
+    return TrainGroup(prompt, (tokens,), same, none, none)

@@ -11,12 +11,15 @@ __all__ = ["Supervised"]
 
 @dataclasses.dataclass(frozen=True)
 class Supervised:
-    """Weighted negative log-likelihood, each row the sum over its tokens.
+    """Weighted negative log-likelihood of revisions, and an anchor on the replies that are kept.
 
-    Objective: L = - 1/B sum_b w_b sum_t log pi(y_bt | x_b, y_b<t).
-    Difference: with a mean over each row's tokens the first token of a long answer, where answering
-    or abstaining is decided, would weigh a fraction of that of a short abstention, and the model
-    would learn to abstain. The sum weighs every decision alike.
+    Objective: L = 1/B sum_b sum_t [ - w_b log pi(y_bt | x_b, y_b<t) + a_b KL(start || pi)_bt ], where
+    a revised reply has a_b = 0, and a kept one w_b = 0.
+    Difference: imitating one's own greedy replies sharpens and shifts what was already right; the
+    anchor asks only that the whole distribution at each of their tokens stays. With a mean over each
+    row's tokens the first token of a long answer, where answering or abstaining is decided, would
+    weigh a fraction of that of a short abstention, and the model would learn to abstain. The sum
+    weighs every decision alike.
     Assumption: the targets are worth imitating. When they are not (wrong labels), the model learns
     the labeller's mistakes; the weight w is the labeller's confidence for that reason.
     Source: Bai et al. 2022 (arXiv 2212.08073), section 3, the supervised stage.
@@ -26,7 +29,9 @@ class Supervised:
 
     def __call__(self, batch: Batch) -> Loss:
         """Loss of one part of a step; `advantage_BT` holds the row's weight at every token."""
-        per_token = -batch.logp_BT * batch.keep_BT * batch.advantage_BT
-        value = per_token.sum() / batch.rows_in_step
-        nll = float((-batch.logp_BT.detach() * batch.keep_BT).sum())
-        return Loss(value, {"nll": nll, "tokens": float(batch.keep_BT.sum())})
+        total = (-batch.logp_BT * batch.keep_BT * batch.advantage_BT).sum()
+        sums = {"nll": float((-batch.logp_BT.detach() * batch.keep_BT).sum()), "tokens": float(batch.keep_BT.sum())}
+        if batch.anchor_BT is not None and batch.drift_BT is not None:
+            total = total + (batch.drift_BT * batch.anchor_BT).sum()
+            sums["drift"] = float(batch.drift_BT.detach().sum())
+        return Loss(total / batch.rows_in_step, sums)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -14,39 +13,9 @@ from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import TrainingError
 from tutelage.policy.lora import Adapter
+from tutelage.policy.vocabulary import drift, logps
 
 __all__ = ["Learner", "Scores", "TrainGroup", "score"]
-
-_CHUNK = 256  # rows of logits held at once: 256 x 49,152 in float32 is 50 MB
-
-
-class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(h W^T)[target], chunk by chunk; the whole logits never exist.
-
-    The gradient for h is (W[target] - softmax W) g, so its g-free part is computed in the forward
-    pass while the chunk's probabilities are at hand.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
-        logp_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
-        slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(target_N), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            logits = (hidden_ND[part] @ head_VD.T).float()
-            norm = logits.logsumexp(-1, keepdim=True)
-            logp_N[part] = (logits.gather(-1, target_N[part, None]) - norm)[:, 0]
-            if slope_ND is not None:
-                probability = logits.sub_(norm).exp_().to(head_VD.dtype)
-                slope_ND[part] = head_VD[target_N[part]] - probability @ head_VD
-        if slope_ND is not None:
-            ctx.save_for_backward(slope_ND)
-        return logp_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (slope_ND,) = ctx.saved_tensors
-        return slope_ND * grads[0][:, None].to(slope_ND.dtype), None, None
 
 
 def _hidden(lm: LanguageModel, part: Pack, plan: AttentionPlan) -> torch.Tensor:
@@ -107,7 +76,7 @@ def score(
         if not part.spans:
             continue
         source = hidden[part.source_N.to(lm.device)] / temperature
-        flat = _TokenLogProbs.apply(source, lm.head_VD, part.target_N.to(lm.device))  # type: ignore[no-untyped-call]
+        flat = logps(source, lm.head_VD, part.target_N.to(lm.device))
         logp_BT[part.row_N, part.column_N] = flat.cpu()
         keep_BT[part.row_N, part.column_N] = 1.0
         for n, (row, (first, last)) in enumerate(zip(part.rows, part.spans, strict=True)):
@@ -120,13 +89,17 @@ def score(
 
 @dataclasses.dataclass(frozen=True)
 class TrainGroup:
-    """A prompt with the completions that train: their tokens and, row by row, what the batch needs."""
+    """A prompt with the completions that train: their tokens and, row by row, what the batch needs.
+
+    `anchor`, where given, weighs each token's divergence from the start model.
+    """
 
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
     advantage: tuple[tuple[float, ...], ...]
     old_logp: tuple[tuple[float, ...], ...]
     ref_logp: tuple[tuple[float, ...], ...]
+    anchor: tuple[tuple[float, ...], ...] = ()
 
 
 class Learner:
@@ -219,16 +192,24 @@ class Learner:
         return {k: v / max(counted, 1.0) for k, v in sums.items()} | {"loss": whole, "grad_norm": norm}
 
     def _batch(self, part: Pack, tables: dict[str, torch.Tensor], rows: int, tokens: int, temperature: float) -> Batch:
-        device = self.lm.device
-        hidden = _hidden(self.lm, part, AttentionPlan(mask_TT=part.mask_TT.to(device)))
-        source = hidden[part.source_N.to(device)] / temperature
-        flat = _TokenLogProbs.apply(source, self.lm.head_VD, part.target_N.to(device))  # type: ignore[no-untyped-call]
+        device, lm = self.lm.device, self.lm
+        plan = AttentionPlan(mask_TT=part.mask_TT.to(device))
         first = part.rows[0]  # rows of a pack are consecutive, since groups keep their order
-        count, width = len(part.rows), tables["keep"].shape[1]
-        logp = torch.zeros(count, width, device=device)
-        logp = logp.index_put((part.row_N.to(device) - first, part.column_N.to(device)), flat)
-        cut = {k: v[first : first + count].to(device) for k, v in tables.items()}
-        return Batch(logp, cut["keep"], cut["old"], cut["ref"], cut["advantage"], rows, tokens)
+        cut = {k: v[first : first + len(part.rows)].to(device) for k, v in tables.items()}
+        row, column = part.row_N.to(device) - first, part.column_N.to(device)
+        source = part.source_N.to(device)
+        hidden = _hidden(lm, part, plan)[source] / temperature
+        flat = logps(hidden, lm.head_VD, part.target_N.to(device))
+        logp = torch.zeros_like(cut["keep"]).index_put((row, column), flat)
+        divergence = torch.zeros_like(logp)
+        held = cut["anchor"][row, column] > 0
+        if bool(held.any()):
+            with torch.no_grad(), self.adapter.off():
+                start = _hidden(lm, part, plan)[source[held]] / temperature
+            divergence = divergence.index_put((row[held], column[held]), drift(hidden[held], lm.head_VD, start))
+        return Batch(
+            logp, cut["keep"], cut["old"], cut["ref"], cut["advantage"], rows, tokens, cut["anchor"], divergence
+        )
 
 
 def _numbered(groups: Sequence[TrainGroup]) -> list[Group]:
@@ -250,4 +231,5 @@ def _tables(groups: Sequence[TrainGroup]) -> dict[str, torch.Tensor]:
         "advantage": table([r for g in groups for r in g.advantage]),
         "old": table([r for g in groups for r in g.old_logp]),
         "ref": table([r for g in groups for r in g.ref_logp]),
+        "anchor": table([r for g in groups for r in g.anchor or [(0.0,) * len(c) for c in g.completions]]),
     }
