@@ -115,9 +115,9 @@ class Constraint(_Section):
     """Keep answerable questions answered: PID-controlled multiplier on over-abstention."""
 
     enabled: bool = Field(True, description="off is the ablation")
-    limit: Fraction = Field(0.25, description="tolerated mean cost: abstaining where an answer is believed known")
-    kp: float = Field(4.0, ge=0.0, description="proportional gain")
-    ki: float = Field(2.0, ge=0.0, description="integral gain")
+    limit: Fraction = Field(0.1, description="tolerated share of withheld answers where an answer is due")
+    kp: float = Field(6.0, ge=0.0, description="proportional gain")
+    ki: float = Field(3.0, ge=0.0, description="integral gain")
     kd: float = Field(1.0, ge=0.0, description="derivative gain")
     maximum: Positive = Field(5.0, description="largest multiplier")
 
@@ -159,7 +159,7 @@ class Update(_Section):
     prompts: Count = Field(48, description="prompts a round")
     samples: int = Field(6, ge=2, description="G, replies a prompt")
     batch: Count = Field(16, description="prompts an optimiser step")
-    learning_rate: Positive = Field(1e-4, description="constant")
+    learning_rate: Positive = Field(2e-4, description="constant")
     clip: Positive = Field(0.2, description="epsilon of the ratio clip")
     kl: float = Field(0.05, ge=0.0, description="weight of the KL term to the start model")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")

@@ -30,6 +30,15 @@ class Belief:
         """The most likely kind."""
         return max(KINDS, key=self.of)
 
+    @property
+    def answer_due(self) -> float:
+        """How surely an answer may not be withheld: nothing unless answerable is the most likely kind.
+
+        Were every small chance counted, the many questions that hardly have an answer would push
+        together against abstaining on them.
+        """
+        return self.answerable if self.kind == "answerable" else 0.0
+
     def as_dict(self) -> dict[str, float]:
         """For evidence."""
         return {k: round(self.of(k), 4) for k in KINDS}

@@ -123,6 +123,7 @@ class Panel:
             belief = self.belief(prompt)
             found.beliefs.append(belief)
             terms: dict[str, list[float | None]] = {k: [] for k in ("fit", "principles", "consistency")}
+            due = belief.answer_due if belief else 0.0
             costs, group_acts = [], []
             for g, reply in enumerate(group):
                 act = dict(zip(ACTS, (round(float(x), 4) for x in acts[row]), strict=True))
@@ -131,8 +132,7 @@ class Panel:
                 for name, verdict in verdicts.items():
                     terms[name].append(verdict.value)
                     found.verdicts.append(verdict)
-                withheld = 1.0 - act["answers"]
-                costs.append({"over_abstention": belief.answerable * withheld if belief else 0.0})
+                costs.append({"over_abstention": due * (1.0 - act["answers"])})
                 group_acts.append(act)
             found.terms_PKG.append({k: v for k, v in terms.items() if v})
             found.costs_PG.append(costs)

@@ -109,7 +109,7 @@ _ASKS = _any(
 _RULES = (("states", _INSISTS), ("admits", _ADMITS), ("denies", _DENIES), ("", _IS_TALK), ("states", _STATES))
 # A hedge behind a statement leaves it a statement, and an offer of more help asks for nothing.
 _HEDGES = _any(r"i am not (\w+ )?(sure|certain)( about it)?$|i (could|may|might) be wrong")
-_OFFERS = _any(r"(any|some)thing else|how (can|may) i (help|assist)|would you like (me to|to know more)")
+_OFFERS = _any(r"(any|some)thing else|how (can|may) i (help|assist)|^would you like (me to|to know more)")
 # A question without its mark is short: a longer reply was cut off at the token limit.
 _QUESTION = re.compile(r"\?$|^((sorry|from|in) )?(which|what|who|whose|where|when|how)\b( [\w']+){0,7}$")
 

@@ -165,6 +165,6 @@ def figures(findings: Findings, rewards_PG: Sequence[Sequence[Reward]]) -> dict[
         out["semantic_entropy"] = sum(entropies) / len(entropies)
     # Of what is held answerable, the share withheld: the constrained quantity.
     paid = sum(r.costs["over_abstention"] for r in flat)
-    due = sum(b.answerable * len(g) for b, g in zip(findings.beliefs, rewards_PG, strict=True) if b)
+    due = sum(b.answer_due * len(g) for b, g in zip(findings.beliefs, rewards_PG, strict=True) if b)
     out["cost"] = paid / due if due else 0.0
     return out
