@@ -31,8 +31,8 @@ _NOTES: Mapping[str, str] = {
         "the built-in files in [Questions](questions.md)."
     ),
     "sampling": (
-        "`top_k` and `top_p` act on the sampled replies of the supervised stage. The rounds draw from the whole "
-        "tempered distribution, so that the sampler's log-probabilities are those the update works with."
+        "The rounds draw from the whole tempered distribution, so that the sampler's log-probabilities are those "
+        "the update works with."
     ),
     "feedback": "See [Judges](judges.md) and [Constitution](constitution.md).",
     "rewards": (

@@ -143,7 +143,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str, key: str, m
         ('[update]\nobjective = "ppo"', "update.objective"),
         ("[gate]\nconfidence = 1.0", "gate.confidence"),
         ("[credit]\nbeta = 1.5", "credit.beta"),
-        ("[sampling]\ntop_p = 0.0", "sampling.top_p"),
+        ("[supervised]\ntop_p = 0.0", "supervised.top_p"),
         ('[feedback]\njudges = ["oracle"]', "feedback.judges"),
         ('[feedback]\njudges = "text"', "feedback.judges"),
         ('model = "tiny"', "model"),

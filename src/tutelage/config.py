@@ -81,8 +81,6 @@ class Sampling(_Section):
     """How replies are drawn while learning. Evaluation is always greedy."""
 
     temperature: Positive = Field(1.0, description="of the policy-gradient rollouts")
-    top_k: int = Field(0, ge=0, description="0 is off")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="1 is off")
     max_new_tokens: Count = Field(24, description="longest reply, in tokens")
     rows: Count = Field(64, description="decoding batch")
 
@@ -145,6 +143,8 @@ class Supervised(_Section):
     enabled: bool = Field(True, description="off is the ablation")
     samples: Count = Field(3, description="replies a prompt that are judged")
     temperature: Positive = Field(0.7, description="of those replies")
+    top_k: int = Field(0, ge=0, description="of those replies; 0 is off")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="of those replies; 1 is off")
     epochs: Count = Field(1, description="passes over the targets")
     learning_rate: Positive = Field(1e-3, description="peak, after a short warm-up, then linear decay")
     batch: Count = Field(8, description="targets a step")

@@ -68,3 +68,11 @@ def test_odds_are_bounded_keep_the_order_and_cannot_call_everything_unknown(cohe
     ranked = [o for _, o in sorted(zip(cohesion, odds, strict=True))]
     assert ranked == sorted(ranked)
     assert sum(o >= 0 for o in odds) >= len(odds) // 2
+
+
+@pytest.mark.parametrize(
+    ("belief", "due"),
+    [((0.5, 0.3, 0.2), 0.5), ((0.4, 0.35, 0.25), 0.4), ((0.4, 0.6, 0.0), 0.0), ((0.3, 0.2, 0.5), 0.0)],
+)
+def test_an_answer_is_due_only_where_it_is_the_most_likely_call(belief: tuple[float, float, float], due: float) -> None:
+    assert Belief(*belief, 0.0, ()).answer_due == due

@@ -102,7 +102,7 @@ def test_the_evidence_gives_the_value(constitution: Constitution, encoder: Any, 
             expected = sum(belief.of(x.scope) * act[x.wants] for x in constitution.principles)
             assert verdict.value == pytest.approx(expected)
         cost = found.costs_PG[p][g]["over_abstention"]
-        assert cost == pytest.approx(belief.answerable * (1 - act["answers"]))
+        assert cost == pytest.approx(belief.answer_due * (1 - act["answers"]))
 
 
 def test_judges_that_are_not_asked_say_nothing(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -46,3 +48,16 @@ def test_a_weight_of_zero_teaches_nothing() -> None:
     b = batch([[-1.0, -2.0]], [[1.0, 1.0]], [[0.0, 0.0]], rows=1)
     (grad,) = torch.autograd.grad(Supervised()(b).value, b.logp_BT)
     assert not grad.any()
+
+
+def test_an_anchored_row_adds_its_drift() -> None:
+    """Row 0 is imitated (weight 2), row 1 held: L = 1/2 [ 2 (0.5 + 1.5) + 3 (0.25 + 0.75) ] = 3.5."""
+    b = batch([[-0.5, -1.5], [-4.0, -5.0]], [[1.0, 1.0]] * 2, [[2.0, 2.0], [0.0, 0.0]], rows=2)
+    drift = torch.tensor([[0.0, 0.0], [0.25, 0.75]], dtype=torch.float64, requires_grad=True)
+    anchor = torch.tensor([[0.0, 0.0], [3.0, 3.0]], dtype=torch.float64)
+    loss = Supervised()(dataclasses.replace(b, anchor_BT=anchor, drift_BT=drift))
+    by_logp, by_drift = torch.autograd.grad(loss.value, (b.logp_BT, drift))
+    assert float(loss.value.detach()) == pytest.approx(3.5)
+    assert by_logp.tolist() == [[-1.0, -1.0], [0.0, 0.0]]
+    assert by_drift.tolist() == [[0.0, 0.0], [1.5, 1.5]]
+    assert loss.sums["drift"] == pytest.approx(1.0)

@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
+from tutelage.engines.attention import AttentionPlan, attention_plan
 from tutelage.engines.batch import Batch, Loss
 from tutelage.engines.packing import Group
 from tutelage.errors import TrainingError
 from tutelage.objectives.policy_gradient import Grpo, Rloo
 from tutelage.objectives.supervised import Supervised
-from tutelage.policy import learner as module
 from tutelage.policy.learner import Learner, TrainGroup, score
 from tutelage.policy.lora import Adapter, attach
 
@@ -64,43 +64,6 @@ def fresh(load: Callable[[str], Any], kind: str = "llama", **more: Any) -> tuple
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.detach() - b.detach()).abs().max())
-
-
-def token_log_probs(hidden: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = module._TokenLogProbs.apply(hidden, head, target)
-    return out
-
-
-@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
-def test_chunked_log_probs_equal_the_full_log_softmax(rows: int) -> None:
-    """Values and gradient against float64 autograd over whole logits, around the chunk's edges."""
-    random = torch.Generator().manual_seed(rows)
-    hidden = torch.randn(rows, 24, generator=random, requires_grad=True)
-    head = torch.randn(90, 24, generator=random)
-    target = torch.randint(90, (rows,), generator=random)
-    weight = torch.randn(rows, generator=random)
-    ours = token_log_probs(hidden, head, target)
-    (ours * weight).sum().backward()
-    exact = hidden.detach().double().requires_grad_(True)
-    theirs = (exact @ head.double().T).log_softmax(-1).gather(1, target[:, None])[:, 0]
-    (theirs * weight.double()).sum().backward()
-    assert hidden.grad is not None and exact.grad is not None
-    assert gap(ours.double(), theirs) < 1e-4
-    assert gap(hidden.grad.double(), exact.grad) < 1e-4
-
-
-def test_chunked_log_probs_pass_gradcheck_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 2)
-    random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(5, 4, generator=random, dtype=torch.float64, requires_grad=True)
-    head = torch.randn(7, 4, generator=random, dtype=torch.float64)
-    target = torch.tensor([0, 6, 3, 3, 1])
-
-    def total(h: torch.Tensor) -> torch.Tensor:
-        return token_log_probs(h, head, target).double()
-
-    # Logits are formed in float32 inside, so the finite difference takes a step well above its rounding.
-    assert torch.autograd.gradcheck(total, (hidden,), eps=1e-2, atol=2e-3, rtol=1e-3)
 
 
 def reference_rows(model: Any, temperature: float = 1.0) -> list[torch.Tensor]:
@@ -238,6 +201,65 @@ def test_steps_learn(load_tiny: Callable[[str], Any]) -> None:
     after = score(learner.lm, table, budget=64).logp_BT.sum(-1)
     assert after[0] > before[0] + 3
     assert after[1] < before[1]
+
+
+def test_an_anchor_adds_the_drift_of_its_tokens_alone(load_tiny: Callable[[str], Any]) -> None:
+    """Against whole logits of separate passes, after steps that moved the policy away from its start."""
+    lm, adapter, learner = fresh(load_tiny, learning_rate=2e-2)
+    for _ in range(3):
+        learner.step(GROUPS, Weighted())
+
+    def rows() -> list[torch.Tensor]:
+        found = []
+        for g in GROUPS:
+            for c in g.completions:
+                whole = torch.tensor([g.prompt + c])
+                causal = torch.ones(whole.shape[1], whole.shape[1], dtype=torch.bool).tril()
+                with attention_plan(AttentionPlan(mask_TT=causal)):
+                    body = lm.hidden(whole, torch.arange(whole.shape[1])[None])[0]
+                found.append((body[len(g.prompt) - 1 : -1] @ lm.head_VD.T).log_softmax(-1))
+        return found
+
+    with torch.no_grad():
+        now = rows()
+        with adapter.off():
+            then = rows()
+    exact = [(q.exp() * (q - p)).sum(-1) for p, q in zip(now, then, strict=True)]
+    assert max(float(x.max()) for x in exact) > 0.01
+    seen: list[Batch] = []
+
+    def listen(batch: Batch) -> Loss:
+        seen.append(batch)
+        return Supervised()(batch)
+
+    listen.name = "listen"  # type: ignore[attr-defined]
+    anchored = [
+        dataclasses.replace(g, anchor=tuple((float(r == 0) * 0.5,) * len(c) for r, c in enumerate(g.completions)))
+        for g in GROUPS
+    ]
+    learner.step(anchored, listen, scale=0.0)  # type: ignore[arg-type]
+    row = 0
+    for g in GROUPS:
+        for r, c in enumerate(g.completions):
+            drift = torch.cat([b.drift_BT for b in seen if b.drift_BT is not None])[row]
+            wanted = exact[row] if r == 0 else torch.zeros(len(c))
+            assert gap(drift[: len(c)], wanted) < 1e-4
+            assert not drift[len(c) :].any()
+            row += 1
+
+
+def test_an_anchor_pulls_back_to_the_start(load_tiny: Callable[[str], Any]) -> None:
+    _, _, learner = fresh(load_tiny, learning_rate=1e-2)
+    for _ in range(5):
+        learner.step(GROUPS, Weighted())
+    held = [
+        TrainGroup(g.prompt, g.completions, *(tuple((0.0,) * len(c) for c in g.completions),) * 3,
+                   anchor=tuple((1.0,) * len(c) for c in g.completions))
+        for g in GROUPS
+    ]  # fmt: skip
+    drifts = [learner.step(held, Supervised())["drift"] for _ in range(25)]
+    assert drifts[0] > 0.01
+    assert drifts[-1] < 0.3 * drifts[0]
 
 
 @dataclasses.dataclass

@@ -53,4 +53,8 @@ class Encoder:
             tokens = self._tokenizer([text], truncation=True, max_length=128, return_tensors="pt")
             states = self._model(**tokens).last_hidden_state
             self._known[text] = F.normalize(states.mean(1), dim=-1)[0]
-        return torch.stack([self._known[t] for t in texts]) if texts else torch.zeros(0, 384)
+        return (
+            torch.stack([self._known[t] for t in texts])
+            if texts
+            else torch.zeros(0, int(self._model.config.hidden_size))
+        )

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from tutelage.errors import BudgetSpent, NothingToLearn, TrainingError
 from tutelage.loop.bench import Workbench
@@ -50,6 +51,13 @@ class _Session:
     train: Sequence[Prompt]
     started: float = dataclasses.field(default_factory=time.perf_counter)
     earlier: float = 0.0
+
+    @property
+    def suites(self) -> tuple[str, str]:
+        """Names of the gate's and the held-out suite, as their files are called."""
+        p = self.bench.recipe.prompts
+        gate, heldout = (Path(name.removeprefix("builtin:")).stem for name in (p.gate, p.heldout))
+        return (gate, heldout) if gate != heldout else (f"{gate}-gate", f"{heldout}-heldout")
 
     @contextmanager
     def unit(self, name: str, stage: str) -> Iterator[Unit]:
@@ -141,7 +149,7 @@ def improve(
         with session.unit("start", "evaluate") as unit:
             notes(unit)
             unit.prompts(train, "train")
-            session.answers(gate, "honesty-gate", unit)
+            session.answers(gate, session.suites[0], unit)
     stopped = ""
     try:
         _learn(session, done)
@@ -202,11 +210,11 @@ def _finish(session: _Session, stopped: str) -> Result:
 
 def _gate(session: _Session, unit: Unit, stopped: str) -> Decision:
     bench = session.bench
-    start = session.recall(session.gate_items, "honesty-gate", "start")
+    start = session.recall(session.gate_items, session.suites[0], "start")
     if bench.version == "start" or start is None:
         reason = stopped or "there is no candidate"
         return Decision("honesty", bench.version, "start", False, f"rejected: {reason}")
-    after = session.answers(session.gate_items, "honesty-gate", unit)
+    after = session.answers(session.gate_items, session.suites[0], unit)
     decision = honesty_gate(start, after, bench.recipe.gate)
     bench.progress.say(decision.reason)
     return decision
@@ -217,11 +225,11 @@ def _heldout(session: _Session, unit: Unit, candidate: str) -> tuple[Answers, An
     bench = session.bench
     bench.version = "start"
     with bench.adapter.off():
-        before = session.answers(session.heldout_items, "honesty-heldout", unit)
+        before = session.answers(session.heldout_items, session.suites[1], unit)
     bench.version = candidate
     if candidate == "start":
         return before, before
-    return before, session.answers(session.heldout_items, "honesty-heldout", unit)
+    return before, session.answers(session.heldout_items, session.suites[1], unit)
 
 
 def _self_view(bench: Workbench, unit: Unit) -> None:

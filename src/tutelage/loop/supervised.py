@@ -23,8 +23,8 @@ def look(bench: Workbench, prompts: Sequence[Prompt], unit: Unit) -> tuple[list[
     recipe = bench.recipe
     settings = SamplerSettings(
         recipe.supervised.temperature,
-        recipe.sampling.top_k,
-        recipe.sampling.top_p,
+        recipe.supervised.top_k,
+        recipe.supervised.top_p,
         recipe.sampling.max_new_tokens,
     )
     bench.progress.stage("supervised: generate", len(prompts) * recipe.supervised.samples, "replies")

@@ -58,9 +58,16 @@ def load_for_use(spec: str, *, runs: str | Path = "runs", version: str | None = 
             model_name=recipe.model.name,
         )  # fmt: skip
         adapter.load(opened.verify_checkpoint(chosen))
-    lm.name = f"{opened.name}@{chosen}"
+    lm.name = f"{opened.name}@{chosen}" + _doubt(opened, chosen)
     opened.close()
     return lm
+
+
+def _doubt(opened: Run, version: str) -> str:
+    """What must be said beside the name of a version that the gate did not let pass."""
+    summary = opened.summary() or {}
+    refused = summary.get("decision") == "rejected" and version == summary.get("candidate")
+    return " (rejected by the gate)" if refused else ""
 
 
 def _latest(opened: Run) -> str:

@@ -1,7 +1,7 @@
 """What a recipe will do, before it does it: counts, an estimate of time and of memory.
 
 Time comes from operations to be done and from how fast this machine multiplies matrices now
-(measured in half a second), with the efficiencies of benchmarks/forecast.py.
+(measured in half a second), with efficiencies seen in runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tutelage.errors import ModelError
 
 __all__ = ["forecast", "forecast_lines"]
 
-# Shares of the measured matrix speed that each kind of work reaches (benchmarks/forecast.py).
+# Shares of the measured matrix speed that each kind of work reaches (seen in runs of the honesty recipe).
 _EFFICIENCY = {"decode": 0.75, "forward": 0.85, "train": 0.75}
 _TOKENS = {"prompt": 18, "reply": 17, "taught_reply": 12}  # typical of the built-in questions
 _SYSTEM_TOKENS = 30
