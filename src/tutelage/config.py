@@ -114,8 +114,8 @@ class Constraint(_Section):
 
     enabled: bool = Field(True, description="off is the ablation")
     limit: Fraction = Field(0.1, description="tolerated share of withheld answers where an answer is due")
-    kp: float = Field(6.0, ge=0.0, description="proportional gain")
-    ki: float = Field(3.0, ge=0.0, description="integral gain")
+    kp: float = Field(8.0, ge=0.0, description="proportional gain")
+    ki: float = Field(4.0, ge=0.0, description="integral gain")
     kd: float = Field(1.0, ge=0.0, description="derivative gain")
     maximum: Positive = Field(5.0, description="largest multiplier")
 
@@ -172,7 +172,7 @@ class Gate(_Section):
     enabled: bool = Field(True, description="an absent gate rejects: off means no candidate is promoted")
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="of the paired intervals")
     max_correct_loss: Fraction = Field(0.15, description="correct answers lost must be surely below this")
-    max_known_abstained: Fraction = Field(0.2, description="abstaining where the start model was right, at most")
+    max_known_abstained: Fraction = Field(0.1, description="abstaining where the start model was right, at most")
 
 
 class Limits(_Section):
