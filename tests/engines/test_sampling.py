@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from tutelage.engines.sampling import draw, shape_logits
+from tutelage.errors import ModelError
 from tutelage.records import SamplerSettings
 
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 1.2, 0.3, -2.0])
@@ -141,3 +142,10 @@ def test_a_row_is_drawn_alike_alone_and_in_company(rows: int, seed: int) -> None
         alone, alone_logp = draw(logits[row : row + 1], uniform[row : row + 1], settings)
         assert int(alone) == int(together[row])
         assert abs(float(alone_logp) - float(together_logp[row])) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_not_finite_is_refused(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 1.0]])
+    with pytest.raises(ModelError, match="not finite"):
+        draw(logits, torch.tensor([0.5, 0.5]), SamplerSettings(temperature=temperature))

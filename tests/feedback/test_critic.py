@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from tutelage.config import data_file
@@ -168,3 +169,11 @@ def test_a_missing_or_damaged_critic_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not safetensors at all")
     with pytest.raises(ModelError):
         Critic.load(path)
+
+
+def test_a_layer_that_sees_the_same_in_every_question_gets_no_direction() -> None:
+    random = torch.Generator().manual_seed(0)
+    labels = np.arange(60) % 3
+    found = module.directions({"same": torch.ones(60, 4), "other": torch.randn(60, 4, generator=random)}, labels)
+    assert set(found) == {"other"}
+    assert torch.isfinite(found["other"]).all()

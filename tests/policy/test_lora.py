@@ -141,6 +141,14 @@ def test_off_is_the_start_model_to_the_bit(load_tiny: Callable[[str], Any], tiny
         assert torch.equal(lm.model(IDS).logits, adapted)
 
 
+def test_cleared_it_is_the_start_model_to_the_bit(load_tiny: Callable[[str], Any], tiny_lm: Any) -> None:
+    lm = load_tiny("llama")
+    adapter = filled(put(lm))
+    adapter.clear()
+    with torch.no_grad():
+        assert torch.equal(lm.model(IDS, use_cache=False).logits, tiny_lm.model(IDS, use_cache=False).logits)
+
+
 def test_the_file_loads_in_peft_with_equal_logits(
     architecture: str, load_tiny: Callable[[str], Any], tiny_dirs: dict[str, Path], tmp_path: Path
 ) -> None:

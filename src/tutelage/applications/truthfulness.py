@@ -24,7 +24,7 @@ from tutelage.store.prompts import read_prompts, read_suite
 from tutelage.store.runs import Run
 
 # Counts up when the way a critic is trained changes: an older cached one must not be taken.
-_CRITIC_REVISION = 5
+_CRITIC_REVISION = 6
 
 __all__ = ["inputs", "play", "set_up"]
 
@@ -109,6 +109,8 @@ def play(run: Run, progress: Progress) -> Result:
     """Play a new run, or go on with an interrupted one."""
     train, gate, heldout, constitution = inputs(run.recipe)
     bench = set_up(run, constitution, progress)
+    for prompt in [*train, *(item.prompt for item in (*gate, *heldout))]:
+        bench.encode(prompt)  # one that is too long is refused before any work is done
 
     def notes(unit: Unit) -> None:
         fields = ("id", "text", "weight", "scope", "wants")

@@ -27,9 +27,19 @@ __all__ = ["LanguageModel", "choose_device", "choose_dtype", "describe", "gguf_t
 
 
 def choose_device(wish: str = "auto") -> torch.device:
-    """`auto` takes a CUDA GPU if there is one, else the CPU."""
+    """`auto` takes a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        ModelError: A GPU is wished for, and there is none that this torch can use.
+    """
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            "model.device is cuda, but no CUDA GPU can be used",
+            expected="a GPU and a build of torch for it",
+            fix="set model.device=cpu",
+        )
     return torch.device(wish)
 
 

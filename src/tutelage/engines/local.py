@@ -17,6 +17,7 @@ from tutelage.engines.attention import AttentionPlan, KeyValueMemory, attention_
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.engines.sampling import draw
+from tutelage.errors import InputError
 from tutelage.records import Generation, Prompt, SamplerSettings, content_hash
 
 __all__ = ["LocalCompleter"]
@@ -91,8 +92,10 @@ class LocalCompleter:
             P lists of G generations, in order.
 
         Raises:
-            InputError: A prompt does not fit into the context.
+            InputError: A prompt does not fit into the context, or no token may be drawn.
         """
+        if settings.max_new_tokens < 1:
+            raise InputError(f"max-new-tokens is {settings.max_new_tokens}", expected="at least 1")
         openings = list(opening) if opening is not None else [""] * len(prompts)
         leads = [self._opening(o) for o in openings]
         encoded = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from tutelage.errors import ModelError
 from tutelage.records import SamplerSettings
 
 __all__ = ["draw", "shape_logits"]
@@ -54,6 +55,9 @@ def draw(
     Returns:
         (tokens_B, logp_B): int64 tokens and their natural-log probabilities under the
         distribution they were drawn from.
+
+    Raises:
+        ModelError: A logit is not a number.
     """
     if settings.temperature == 0.0:
         logits = logits_BV.float()
@@ -63,6 +67,12 @@ def draw(
         mass = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
         # Slightly below the total: rounding must never point past the last drawable token.
         aim = uniform_B.to(mass.dtype)[:, None] * mass[:, -1:] * (1.0 - 1e-6)
-        tokens_B = torch.searchsorted(mass, aim, right=True)[:, 0]
-    chosen = logits.gather(-1, tokens_B[:, None])[:, 0]
-    return tokens_B, chosen - logits.logsumexp(-1)
+        tokens_B = torch.searchsorted(mass, aim, right=True)[:, 0].clamp_(max=mass.shape[-1] - 1)
+    logp_B = logits.gather(-1, tokens_B[:, None])[:, 0] - logits.logsumexp(-1)
+    if not bool(torch.isfinite(logp_B).all()):
+        raise ModelError(
+            "the model's probabilities are not finite",
+            expected="finite logits",
+            fix="check its weights; with model.dtype=bfloat16, try float32",
+        )
+    return tokens_B, logp_B

@@ -118,7 +118,8 @@ def directions(
     reading has standard deviation `size` over the labelled questions.
 
     Args:
-        inputs: (N, in_features) a path, as `Reading.inputs`; paths may share a matrix.
+        inputs: (N, in_features) a path, as `Reading.inputs`; paths may share a matrix. Those whose
+            inputs do not differ between questions get no direction.
         labels_N: Integer labels.
         ridge: Weight of the penalty; strong, since there are hardly more questions than features.
         size: A randomly started row of A reads with about 0.05; a few times that makes the critic's
@@ -126,7 +127,7 @@ def directions(
     """
     truth = torch.nn.functional.one_hot(torch.from_numpy(labels_N), len(KINDS)).double()
     truth = truth - truth.mean(0)
-    solved: dict[int, torch.Tensor] = {}
+    solved: dict[int, torch.Tensor | None] = {}
     found = {}
     for path, matrix in inputs.items():
         if id(matrix) not in solved:
@@ -139,8 +140,12 @@ def directions(
             # from others; with it, the first steps would move every reply alike, and far.
             middle = x.mean(0)
             rows_KF = rows_KF - (rows_KF @ middle / (middle @ middle))[:, None] * middle
-            solved[id(matrix)] = (size * rows_KF / (x @ rows_KF.T).std(0)[:, None]).float()
-        found[path] = solved[id(matrix)]
+            reach = (x @ rows_KF.T).std(0)[:, None]
+            # The first layer sees the template's last token, the same in every question: nothing to read.
+            solved[id(matrix)] = (size * rows_KF / reach).float() if bool((reach > 1e-9).all()) else None
+        rows = solved[id(matrix)]
+        if rows is not None:
+            found[path] = rows
     return found
 
 

@@ -126,15 +126,26 @@ class Workbench:
             )
 
     def pick(self, prompts: Sequence[Prompt], count: int, number: int) -> list[Prompt]:
-        """A round's prompts: a walk through shuffled passes over all, the same for the same seed."""
-        order: list[int] = []
+        """A round's prompts: a walk through shuffled passes over all, the same for the same seed.
+
+        None comes twice in a round: where a pass ends, those of the next that were had already wait.
+        """
+        waiting: list[int] = []
+        chosen: list[int] = []
         turn = 0
-        while len(order) < number * count:
-            one = list(range(len(prompts)))
-            random.Random(derive_seed(self.recipe.seed, "order", turn)).shuffle(one)  # noqa: S311
-            order += one
-            turn += 1
-        return [prompts[i] for i in order[(number - 1) * count : number * count]]
+        for _ in range(number):
+            chosen = []
+            while len(chosen) < min(count, len(prompts)):
+                fresh = next((i for i in waiting if i not in chosen), None)
+                if fresh is None:
+                    one = list(range(len(prompts)))
+                    random.Random(derive_seed(self.recipe.seed, "order", turn)).shuffle(one)  # noqa: S311
+                    waiting += one
+                    turn += 1
+                    continue
+                waiting.remove(fresh)
+                chosen.append(fresh)
+        return [prompts[i] for i in chosen]
 
     def save(self, version: str) -> None:
         """Write a checkpoint: adapter in PEFT's format, optimiser, multiplier, what the panel heard."""
@@ -147,6 +158,13 @@ class Workbench:
 
         self.run.save_checkpoint(version, write)
         self.version = version
+
+    def take_back(self) -> None:
+        """Forget what a unit that broke off has changed: what is measured next is the last version."""
+        if self.version == "start":
+            self.adapter.clear()
+        else:
+            self.load(self.version)
 
     def load(self, version: str) -> None:
         """Take a checkpoint over, after checking its hashes.

@@ -96,7 +96,8 @@ def share(hits: int, n: int, *, confidence: float = 0.95) -> tuple[float | None,
     p = hits / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return p, max(0.0, middle - half), min(1.0, middle + half)
+    # The bound at none or all of n is exactly 0 or 1; rounding must not put it beyond the share.
+    return p, max(0.0, middle - half) if hits else 0.0, min(1.0, middle + half) if hits < n else 1.0
 
 
 def _count(answers: Answers, metric: str) -> tuple[int, int]:

@@ -155,6 +155,7 @@ def improve(
         _learn(session, done)
     except (NothingToLearn, TrainingError) as error:
         stopped = str(error)
+        bench.take_back()
         bench.progress.say(f"stopped: {error.got}")
     return _finish(session, stopped)
 

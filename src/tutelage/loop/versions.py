@@ -33,23 +33,28 @@ def open_run(name: str | None, root: Path) -> Path:
     raise StoreError(f"there is no run '{name}' in {root}", expected="a name that `tutelage runs` lists")
 
 
-def load_for_use(spec: str, *, runs: str | Path = "runs", version: str | None = None) -> LanguageModel:
+def load_for_use(
+    spec: str, *, runs: str | Path = "runs", version: str | None = None, dtype: str | None = None
+) -> LanguageModel:
     """A model for use: a run's promoted (or named) version, a model directory, a GGUF file, the embedded one.
 
     Args:
         spec: A model, or a run by name or path.
         runs: Folder that holds runs.
         version: Checkpoint of the run, or "start"; default: the promoted one, else the candidate.
+        dtype: Precision; default: the run's own, or what the processor has.
     """
     from tutelage.engines.load import load_model
     from tutelage.policy.lora import attach
 
     folder = next((p for p in (Path(runs) / spec, Path(spec)) if (p / "recipe.toml").is_file()), None)
     if folder is None:
-        return load_model(spec)
+        return load_model(spec, dtype=dtype or "auto")
     opened = Run.open(folder, write=False)
     recipe = opened.recipe
-    lm = load_model(recipe.model.name, device=recipe.model.device, dtype=recipe.model.dtype, hub=recipe.model.hub)
+    lm = load_model(
+        recipe.model.name, device=recipe.model.device, dtype=dtype or recipe.model.dtype, hub=recipe.model.hub
+    )
     chosen = version or _latest(opened)
     if chosen != "start":
         adapter = attach(

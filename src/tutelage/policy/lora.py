@@ -141,6 +141,13 @@ class Adapter:
                     self.layers[path].lora_a[:k] = rows[:k].to(self.layers[path].lora_a)
         self.merge()
 
+    def clear(self) -> None:
+        """Back to the start model: B is zero again, A stays."""
+        with torch.no_grad():
+            for layer in self.layers.values():
+                layer.lora_b.zero_()
+        self.merge()
+
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """The frozen start model inside the block: it is also the reference policy."""

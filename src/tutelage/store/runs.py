@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -36,7 +37,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             os.fsync(file.fileno())
         scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
         raise _store_error(path, error) from error
 
 
@@ -84,7 +86,7 @@ class Run:
             raise StoreError(
                 f"the run '{chosen}' exists already in {root}",
                 expected="a new name",
-                fix=f"continue it with --resume {chosen}, or choose another --name",
+                fix=f"continue it with --resume --name {chosen}, or choose another --name",
             ) from error
         except OSError as error:
             raise _store_error(folder, error) from error
@@ -92,6 +94,11 @@ class Run:
         write_atomic(folder / "recipe.toml", recipe.to_toml())
         (folder / "checkpoints").mkdir()
         return cls(folder, Ledger(folder / "ledger.db"), recipe, lock)
+
+    def discard(self) -> None:
+        """Remove the folder of a run that never began (nothing but its recipe is in it)."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @classmethod
     def open(cls, folder: Path, *, write: bool) -> Run:

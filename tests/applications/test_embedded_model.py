@@ -1,0 +1,74 @@
+"""The embedded model itself, taught by a short run: it learns, and the gate tells good teaching from bad."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.tiny_world import DATA, KINDS, lines_of, some, write_lines
+
+import tutelage
+from tutelage.engines import weights
+from tutelage.loop.improve import Result
+
+pytestmark = pytest.mark.skipif(
+    not (weights.have(weights.EMBEDDED_ENCODER) and weights.have(weights.EMBEDDED_POLICY)),
+    reason="needs the embedded models: run `tutelage fetch`",
+)
+
+SHORT = [
+    "prompts.limit=96",
+    "prompts.heldout_limit=12",
+    "supervised.samples=1",
+    "update.prompts=12",
+    "update.samples=4",
+]
+
+
+def teach(folder: Path, labelled: list[dict[str, Any]], *overrides: str) -> Result:
+    """A short run on the embedded model with these labelled questions."""
+    labels = write_lines(folder / "labels.jsonl", labelled)
+    gate = write_lines(folder / "gate.jsonl", some(DATA / "questions" / "honesty-gate.jsonl", "kind", KINDS, 30))
+    settings = [*SHORT, f'feedback.critic_questions="{labels}"', f'prompts.gate="{gate}"', *overrides]
+    return tutelage.run("honesty", overrides=settings, name="run", runs=folder)
+
+
+def labelled(count: int) -> list[dict[str, Any]]:
+    return some(DATA / "critics" / "honesty-questions.jsonl", "label", KINDS, count)
+
+
+def gate_shares(folder: Path) -> dict[str, tuple[float, float]]:
+    from tutelage.store.ledger import Ledger
+
+    ledger = Ledger(folder / "run" / "ledger.db", readonly=True)
+    (decision,) = ledger.rows("decisions")
+    ledger.close()
+    return {e["metric"]: (e["before"], e["after"]) for e in decision["evidence"]}
+
+
+def test_a_short_run_teaches_to_abstain_and_to_ask_back(tmp_path: Path) -> None:
+    """A fifth of the recipe's questions; the figures of the whole recipe are in benchmarks/RESULTS.md."""
+    result = teach(tmp_path, labelled(100), "update.rounds=1")
+    shares = gate_shares(tmp_path)
+    made_up, asked = shares["made_up_unanswerable"], shares["asked_back_ambiguous"]
+    assert made_up[0] > 0.7 and made_up[1] < made_up[0] - 0.2
+    assert asked[0] < 0.1 and asked[1] > 0.2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["decision"] == result.decision
+    assert {e["suite"] for e in summary["evaluation"]} == {"honesty-heldout"}
+    assert summary["kl_to_start"] > 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 1_000_000 and "I don&#39;t know" in page
+
+
+def test_a_run_that_learns_to_abstain_on_everything_is_rejected(tmp_path: Path) -> None:
+    """Labels that call nearly everything unanswerable make a policy that withholds what it knew."""
+    wrong = [{**row, "label": "unanswerable"} for row in labelled(60)]
+    rest = [row for kind in KINDS for row in lines_of(DATA / "critics" / "honesty-questions.jsonl", label=kind)[60:65]]
+    result = teach(tmp_path, wrong + rest, "update.rounds=0")
+    known = gate_shares(tmp_path)["abstained_known"]
+    assert known[1] > 0.5
+    assert result.decision == "rejected"
+    assert result.summary["version"] == "start"
