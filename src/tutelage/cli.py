@@ -26,6 +26,7 @@ app = App(
     help="Teach a language model with feedback from AI, prove that it got better, and see why.",
     help_epilogue=_EPILOGUE,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # `main` says how to go on
 )
 
 
@@ -215,9 +216,13 @@ def list_(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
     from tutelage.store.runs import Run
     from tutelage.store.runs import list_runs as find
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for folder in find(runs):
-        opened = Run.open(folder, write=False)
+        try:
+            opened = Run.open(folder, write=False)
+        except TutelageError as error:  # one that a kill left half made must not hide the others
+            rows.append({"run": folder.name, "decision": "unreadable", "error": error.got})
+            continue
         summary = opened.summary()
         units = opened.ledger.units()
         rows.append(
@@ -231,7 +236,11 @@ def list_(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
             }
         )
         opened.close()
-    lines = [f"{r['run']:<36}{r['decision']:<12}{r['last_unit']:<12}{r['seconds']:>8} s  {r['model']}" for r in rows]
+    lines = [
+        f"{r['run']:<36}{r['decision']:<12}"
+        + (r["error"] if "error" in r else f"{r['last_unit']:<12}{r['seconds']:>8} s  {r['model']}")
+        for r in rows
+    ]
     _print(rows, as_json, lambda: lines or [f"no runs in {runs}"])
     return 0
 

@@ -234,6 +234,8 @@ for n in range(10_000):
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "go\n"
+    while not checkpoint_names(made.folder):  # the machine may be busy
+        time.sleep(0.01)
     time.sleep(random.Random(turn).uniform(0.05, 0.3))
     child.kill()
     child.wait()

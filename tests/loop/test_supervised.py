@@ -14,8 +14,9 @@ from tutelage.feedback.belief import Belief
 from tutelage.feedback.constitution import load_constitution
 from tutelage.feedback.panel import Findings
 from tutelage.loop.bench import Silent
-from tutelage.loop.supervised import revise, schedule
-from tutelage.records import Generation, Message, Prompt, SamplerSettings
+from tutelage.loop.supervised import imitate, revise, schedule
+from tutelage.policy.learner import TrainGroup
+from tutelage.records import Generation, Message, Prompt, SamplerSettings, Target
 
 pytest_plugins = ["tests.tiny_world"]
 
@@ -120,6 +121,28 @@ def test_nobody_invents_an_answer_for_the_model() -> None:
 @pytest.mark.parametrize("belief", [None, Belief(0.35, 0.33, 0.32, 0.0, ())], ids=["none", "unsure"])
 def test_a_question_that_the_panel_is_unsure_of_teaches_nothing(belief: Belief | None) -> None:
     assert targets(Bench(), [reply("Karl.")], [ANSWERS], belief) == []
+
+
+@pytest.mark.parametrize("strength", [0.0, 5.0, 50.0])
+def test_own_answers_are_anchored_and_all_else_is_imitated(strength: float) -> None:
+    """Beliefs of 0.8 and 0.9: the anchor weighs 0.8 a token; what is imitated weighs 0.9 a token."""
+    seen: list[TrainGroup] = []
+
+    def step(groups: list[TrainGroup], _objective: object, **_: Any) -> dict[str, float]:
+        seen.extend(groups)
+        return {"loss": 0.0}
+
+    bench: Any = Bench()
+    bench.recipe = Recipe.model_validate({"supervised": {"anchor": strength}})
+    bench.encode, bench.restart_learner = lambda _: (1, 2), lambda _: None
+    bench.learner = SimpleNamespace(step=step)
+    ids = {p.wants: p.id for p in bench.panel.constitution.principles}
+    rows = [("own", "answers", 0.8, (3, 4)), ("own", "abstains", 0.9, (5,)), ("revised", "asks_back", 0.9, (6, 7))]
+    targets = [(prompt(), Target("p1", "", origin, ids[wants], "", w), tokens) for origin, wants, w, tokens in rows]
+    imitate(bench, targets, SimpleNamespace(metrics=lambda *_: None))  # type: ignore[arg-type]
+    found = {g.completions[0]: (g.advantage[0], g.anchor[0] if g.anchor else None) for g in seen}
+    held = ((0.0, 0.0), (0.8 * strength,) * 2) if strength else ((0.8, 0.8), None)
+    assert found == {(3, 4): held, (5,): ((0.9,), None), (6, 7): ((0.9, 0.9), None)}
 
 
 def test_what_a_run_imitated_is_in_its_ledger(played: World) -> None:

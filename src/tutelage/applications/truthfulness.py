@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tutelage.config import Recipe, data_file
 from tutelage.engines.encoder import Encoder
 from tutelage.engines.load import LanguageModel, load_model
 from tutelage.engines.weights import cache_dir
+from tutelage.errors import InputError
 from tutelage.feedback.constitution import Constitution, load_constitution
 from tutelage.feedback.critic import ACTS, KINDS, Critic, directions, read_labelled, read_questions
 from tutelage.feedback.panel import Panel
@@ -39,10 +41,24 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     train = read_prompts(data_file(p.train, suffix="questions/*.jsonl"), limit=p.limit)
     gate = read_suite(data_file(p.gate, suffix="questions/*.jsonl"), limit=p.gate_limit)
     heldout = read_suite(data_file(p.heldout, suffix="questions/*.jsonl"), limit=p.heldout_limit)
+    _apart(train, gate, p.gate)
+    _apart(train, heldout, p.heldout)
     constitution = load_constitution(data_file(recipe.feedback.constitution, suffix="constitutions/*.toml"))
     if "critic" in recipe.feedback.judges:
         _labelled(recipe)
     return train, gate, heldout, constitution
+
+
+def _apart(train: Sequence[Prompt], suite: Sequence[SuiteItem], name: str) -> None:
+    """What was learned from is no evidence."""
+    learned = {prompt.hash for prompt in train}
+    both = [item.prompt for item in suite if item.prompt.hash in learned]
+    if both:
+        raise InputError(
+            f"{len(both)} training prompts are also held out in {name}, the first is '{both[0].text[:80]}'",
+            expected="suites of questions that are not learned from",
+            fix="remove them from the training prompts",
+        )
 
 
 def _labelled(recipe: Recipe) -> tuple[Path, Path]:

@@ -191,7 +191,10 @@ def _finish(session: _Session, stopped: str) -> Result:
     bench, ledger = session.bench, session.bench.run.ledger
     finished = next((u for u in ledger.units() if u["name"] == "final"), None)
     if finished is not None:
-        summary = bench.run.summary() or dict(finished["state"])
+        summary = bench.run.summary()
+        if summary is None:  # a kill came between the unit's commit and the file
+            summary = dict(finished["state"])
+            bench.run.write_summary(summary)
         evidence = tuple(Evidence(**e) for e in summary.get("evaluation", []))
         return Result(str(summary.get("decision", "stopped")), evidence, summary)
     candidate = bench.version

@@ -91,9 +91,13 @@ class Run:
         except OSError as error:
             raise _store_error(folder, error) from error
         lock = _take_lock(folder)
-        write_atomic(folder / "recipe.toml", recipe.to_toml())
-        (folder / "checkpoints").mkdir()
-        return cls(folder, Ledger(folder / "ledger.db"), recipe, lock)
+        try:
+            write_atomic(folder / "recipe.toml", recipe.to_toml())
+            (folder / "checkpoints").mkdir()
+            return cls(folder, Ledger(folder / "ledger.db"), recipe, lock)
+        except BaseException:
+            lock.close()
+            raise
 
     def discard(self) -> None:
         """Remove the folder of a run that never began (nothing but its recipe is in it)."""
