@@ -148,7 +148,7 @@ class Supervised(_Section):
     epochs: Count = Field(1, description="passes over the targets")
     learning_rate: Positive = Field(1e-3, description="peak, after a short warm-up, then linear decay")
     batch: Count = Field(8, description="targets a step")
-    anchor: float = Field(5.0, ge=0.0, description="weight of the KL to the start on replies that are kept")
+    anchor: float = Field(5.0, ge=0.0, description="weight of the KL to the start on kept answers; 0 imitates them")
 
 
 class Update(_Section):
