@@ -50,7 +50,7 @@ def gate_shares(folder: Path) -> dict[str, tuple[float, float]]:
 
 def test_a_short_run_teaches_to_abstain_and_to_ask_back(tmp_path: Path) -> None:
     """A fifth of the recipe's questions; the figures of the whole recipe are in benchmarks/RESULTS.md."""
-    result = teach(tmp_path, labelled(100), "update.rounds=1")
+    result = teach(tmp_path, labelled(100), "update.rounds=1", "supervised.epochs=2")
     shares = gate_shares(tmp_path)
     made_up, asked = shares["made_up_unanswerable"], shares["asked_back_ambiguous"]
     assert made_up[0] > 0.7 and made_up[1] < made_up[0] - 0.2

@@ -245,11 +245,12 @@ for n in range(10_000):
     assert_checkpoints_are_whole(made.folder)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.8])
+@pytest.mark.parametrize("share", [0.3, 0.6])
 def test_ctrl_c_ends_soon_says_how_to_go_on_and_loses_nothing(
     share: float, nursery: Nursery, played: World, world: World
 ) -> None:
-    _, seconds = nursery.run(*start(world, "timed"))
+    # The first run of a process is slower than those after it.
+    seconds = min(nursery.run(*start(world, name))[1] for name in ("warm", "timed"))
     code, waited = nursery.run(*start(world, "one"), after=share * seconds, sign=signal.SIGINT)
     said = nursery.log.read_text(encoding="utf-8")
     assert code == 130, said

@@ -46,7 +46,7 @@ def test_both_models_answer(runs: Path, capsys: pytest.CaptureFixture[str], tiny
 
     found = asked(runs, capsys, "Wer ist das?")
     assert found["prompt"] == "Wer ist das?" and found["before"] != found["after"]
-    engine = LocalCompleter(api.load_for_use(str(tiny_dirs["llama"])))
+    engine = LocalCompleter(api.load_for_use(str(tiny_dirs["llama"]), dtype="float32"))
     prompt = Prompt("x", (Message("user", "Wer ist das?"),))
     plain = engine.generate([prompt], samples=1, settings=SamplerSettings(0.0, max_new_tokens=8), seed=9, version="v")
     assert found["before"] == plain[0][0].text

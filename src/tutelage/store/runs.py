@@ -150,8 +150,14 @@ class Run:
             for file in scratch.iterdir():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-            shutil.rmtree(target, ignore_errors=True)  # only ever a leftover of an unfinished unit
+            # What is there is a leftover of an unfinished unit. It goes in one step, too: a kill while its
+            # files are removed must not leave half of it under the name.
+            old = target.with_name(f".{version}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.replace(old)
             scratch.replace(target)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException as error:
             shutil.rmtree(scratch, ignore_errors=True)
             if isinstance(error, SafetensorError):  # what its writer makes of a full disk
