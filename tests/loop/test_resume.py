@@ -31,6 +31,7 @@ transformers.AutoTokenizer, transformers.AutoModel, transformers.AutoModelForCau
 from tutelage.cli import main
 import torch
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 for line in sys.stdin:
     delay, sign, *words = line.rstrip("\\n").split("\\t")
     began = time.monotonic()
