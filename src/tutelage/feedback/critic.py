@@ -197,41 +197,30 @@ class Critic:
         """Fit the heads on what the trunk read in the labelled questions (see `read_questions`)."""
         # One thread: the problems are so small that threads cost fifty times what they bring.
         with threadpool_limits(1):
-            return cls._train(reading, encoder, questions, replies, version)
-
-    @classmethod
-    def _train(
-        cls,
-        reading: Reading,
-        encoder: Encoder,
-        questions: Sequence[LabelledText],
-        replies: Sequence[LabelledText],
-        version: str,
-    ) -> Critic:
-        features = [x.numpy().astype(np.float64) for x in reading.probes]
-        kinds = np.array([KINDS.index(q.label) for q in questions])
-        strengths = [_STRENGTH[p.pool] for p in PROBES]
-        folds = StratifiedKFold(5, shuffle=True, random_state=0)
-        need_cv = np.zeros((len(kinds), len(KINDS)))
-        heads = []
-        for part, strength in zip(features, strengths, strict=True):
-            heads.append(Head.fit(part, kinds, len(KINDS), strength))
-            scaled = (part - part.mean(0)) / (part.std(0) + 1e-6)
-            model = _regression(strength)
-            need_cv += cross_val_predict(model, scaled, kinds, cv=folds, method="predict_proba") / len(features)
-        act_features = _reply_features(encoder, [r.text for r in replies])
-        acts = np.array([ACTS.index(r.label) for r in replies])
-        act_head = _fit_acts(act_features, acts)
-        act_cv = cross_val_predict(
-            _regression(_ACT_STRENGTH),
-            act_features,
-            acts,
-            cv=folds,
-            method="predict_proba",
-        )
-        quality = {f"need_{k}": v for k, v in _quality(need_cv, kinds).items()}
-        quality |= {f"act_{k}": v for k, v in _quality(act_cv, acts).items()}
-        return cls(heads, act_head, quality, version)
+            features = [x.numpy().astype(np.float64) for x in reading.probes]
+            kinds = np.array([KINDS.index(q.label) for q in questions])
+            strengths = [_STRENGTH[p.pool] for p in PROBES]
+            folds = StratifiedKFold(5, shuffle=True, random_state=0)
+            need_cv = np.zeros((len(kinds), len(KINDS)))
+            heads = []
+            for part, strength in zip(features, strengths, strict=True):
+                heads.append(Head.fit(part, kinds, len(KINDS), strength))
+                scaled = (part - part.mean(0)) / (part.std(0) + 1e-6)
+                model = _regression(strength)
+                need_cv += cross_val_predict(model, scaled, kinds, cv=folds, method="predict_proba") / len(features)
+            act_features = _reply_features(encoder, [r.text for r in replies])
+            acts = np.array([ACTS.index(r.label) for r in replies])
+            act_head = _fit_acts(act_features, acts)
+            act_cv = cross_val_predict(
+                _regression(_ACT_STRENGTH),
+                act_features,
+                acts,
+                cv=folds,
+                method="predict_proba",
+            )
+            quality = {f"need_{k}": v for k, v in _quality(need_cv, kinds).items()}
+            quality |= {f"act_{k}": v for k, v in _quality(act_cv, acts).items()}
+            return cls(heads, act_head, quality, version)
 
     def needs(self, lm: LanguageModel, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """((questions, kinds) probabilities, (questions,) spread over the ensemble)."""
