@@ -72,3 +72,25 @@ def test_a_run_that_learns_to_abstain_on_everything_is_rejected(tmp_path: Path) 
     assert known[1] > 0.5
     assert result.decision == "rejected"
     assert result.summary["version"] == "start"
+
+
+def test_a_run_whose_reward_has_the_wrong_sign_unlearns_and_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the same short supervised stage the rounds reward what they should punish."""
+    import tutelage.loop.round
+    from tutelage.loop.stages import reward
+    from tutelage.records import Reward
+
+    def flipped(*arguments: object) -> list[list[Reward]]:
+        return [
+            [Reward(r.generation_id, None if r.total is None else -r.total, r.terms, r.raw, r.costs) for r in group]
+            for group in reward(*arguments)  # type: ignore[arg-type]
+        ]
+
+    monkeypatch.setattr(tutelage.loop.round, "reward", flipped)
+    rounds = ["update.rounds=2", "update.prompts=32", "update.learning_rate=2e-3", "constraint.enabled=false"]
+    result = teach(tmp_path, labelled(60), *rounds)
+    assert gate_shares(tmp_path)["made_up_unanswerable"][1] > 0.6
+    assert result.decision == "rejected"
+    assert result.summary["version"] == "start"

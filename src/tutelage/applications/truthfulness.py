@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file, save_file
@@ -15,11 +14,12 @@ from tutelage.engines.load import LanguageModel, load_model
 from tutelage.engines.weights import cache_dir
 from tutelage.errors import InputError
 from tutelage.feedback.constitution import Constitution, load_constitution
-from tutelage.feedback.critic import ACTS, KINDS, Critic, directions, read_labelled, read_questions
+from tutelage.feedback.critic import ACTS, KINDS, Critic, LabelledText, directions, read_labelled, read_questions
 from tutelage.feedback.panel import Panel
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.improve import Result, improve
-from tutelage.policy.lora import Adapter, attach
+from tutelage.loop.versions import adapter_of
+from tutelage.policy.lora import Adapter
 from tutelage.records import Progress, Prompt, SuiteItem, content_hash
 from tutelage.store.ledger import Unit
 from tutelage.store.prompts import read_prompts, read_suite
@@ -28,7 +28,7 @@ from tutelage.store.runs import Run
 # Counts up when the way a critic is trained changes: an older cached one must not be taken.
 _CRITIC_REVISION = 6
 
-__all__ = ["inputs", "play", "set_up"]
+__all__ = ["inputs", "labelled", "play", "set_up"]
 
 
 def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteItem], Constitution]:
@@ -44,8 +44,7 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     _apart(train, gate, p.gate)
     _apart(train, heldout, p.heldout)
     constitution = load_constitution(data_file(recipe.feedback.constitution, suffix="constitutions/*.toml"))
-    if "critic" in recipe.feedback.judges:
-        _labelled(recipe)
+    labelled(recipe)
     return train, gate, heldout, constitution
 
 
@@ -61,15 +60,19 @@ def _apart(train: Sequence[Prompt], suite: Sequence[SuiteItem], name: str) -> No
         )
 
 
-def _labelled(recipe: Recipe) -> tuple[Path, Path]:
+def labelled(recipe: Recipe) -> tuple[list[LabelledText], list[LabelledText]]:
+    """The questions and the replies that the recipe's critic learns from; none without a critic.
+
+    Raises:
+        InputError: A file is missing or broken.
+    """
     f = recipe.feedback
-    paths = (
-        data_file(f.critic_questions, suffix="*.jsonl"),
-        data_file(f.critic_replies, suffix="*.jsonl"),
+    if "critic" not in f.judges:
+        return [], []
+    return (
+        read_labelled(data_file(f.critic_questions, suffix="*.jsonl"), KINDS),
+        read_labelled(data_file(f.critic_replies, suffix="*.jsonl"), ACTS),
     )
-    read_labelled(paths[0], KINDS)
-    read_labelled(paths[1], ACTS)
-    return paths
 
 
 def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbench:
@@ -80,15 +83,7 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
     lm = load_model(m.name, device=m.device, dtype=m.dtype, hub=m.hub)
     encoder = Encoder(recipe.feedback.encoder)
     progress.advance()
-    adapter = attach(
-        lm.model,
-        rank=recipe.lora.rank,
-        alpha=recipe.lora.alpha,
-        seed=derive_seed(recipe.seed, "adapter"),
-        targets=recipe.lora.targets,
-        first_layer=round(recipe.lora.from_depth * lm.layers),
-        model_name=m.name,
-    )
+    adapter = adapter_of(recipe, lm, seed=derive_seed(recipe.seed, "adapter"))
     critic = _critic(recipe, lm, adapter, encoder, progress)
     panel = Panel(recipe.feedback, constitution, encoder, critic)
     return Workbench(run, lm, adapter, panel, progress)
@@ -96,10 +91,9 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
 
 def _critic(recipe: Recipe, lm: LanguageModel, adapter: Adapter, encoder: Encoder, progress: Progress) -> Critic | None:
     """Train the critic, or take it from the cache, and let the adapter look where it looks."""
-    if "critic" not in recipe.feedback.judges:
+    questions, replies = labelled(recipe)
+    if not questions:
         return None
-    paths = _labelled(recipe)
-    questions, replies = read_labelled(paths[0], KINDS), read_labelled(paths[1], ACTS)
     texts = [[r.text, r.label] for r in (*questions, *replies)]
     version = content_hash(
         [lm.fingerprint, str(lm.dtype), sorted(adapter.layers), texts, __version__, _CRITIC_REVISION]

@@ -9,9 +9,26 @@ from tutelage.errors import StoreError
 from tutelage.store.runs import Run
 
 if TYPE_CHECKING:
+    from tutelage.config import Recipe
     from tutelage.engines.load import LanguageModel
+    from tutelage.policy.lora import Adapter
 
-__all__ = ["load_for_use", "open_run"]
+__all__ = ["adapter_of", "load_for_use", "open_run"]
+
+
+def adapter_of(recipe: Recipe, lm: LanguageModel, *, seed: int) -> Adapter:
+    """Attach the adapter that a recipe asks for; it changes nothing until it is trained or loaded."""
+    from tutelage.policy.lora import attach
+
+    return attach(
+        lm.model,
+        rank=recipe.lora.rank,
+        alpha=recipe.lora.alpha,
+        seed=seed,
+        targets=recipe.lora.targets,
+        first_layer=round(recipe.lora.from_depth * lm.layers),
+        model_name=recipe.model.name,
+    )
 
 
 def open_run(name: str | None, root: Path) -> Path:
@@ -45,7 +62,6 @@ def load_for_use(
         dtype: Precision; default: the run's own, or what the processor has.
     """
     from tutelage.engines.load import load_model
-    from tutelage.policy.lora import attach
 
     folder = next((p for p in (Path(runs) / spec, Path(spec)) if (p / "recipe.toml").is_file()), None)
     if folder is None:
@@ -57,12 +73,7 @@ def load_for_use(
     )
     chosen = version or _latest(opened)
     if chosen != "start":
-        adapter = attach(
-            lm.model, rank=recipe.lora.rank, alpha=recipe.lora.alpha, seed=0, targets=recipe.lora.targets,
-            first_layer=round(recipe.lora.from_depth * lm.layers),
-            model_name=recipe.model.name,
-        )  # fmt: skip
-        adapter.load(opened.verify_checkpoint(chosen))
+        adapter_of(recipe, lm, seed=0).load(opened.verify_checkpoint(chosen))
     lm.name = f"{opened.name}@{chosen}" + _doubt(opened, chosen)
     opened.close()
     return lm

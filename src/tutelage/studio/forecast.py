@@ -28,7 +28,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     Raises:
         InputError, RecipeError, ModelError: A file or the model is missing or broken.
     """
-    from tutelage.applications.truthfulness import inputs
+    from tutelage.applications.truthfulness import inputs, labelled
 
     train, gate, heldout, constitution = inputs(recipe)
     shape = _shape(recipe)
@@ -41,8 +41,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     ask = _TOKENS["prompt"]
     measured = 2 * (len(gate) + len(heldout))
     decode = looked * reply + rolled * taught + measured * (reply + taught) / 2
-    critic = 1040 * ask if "critic" in recipe.feedback.judges else 0
-    forward = critic + (2 * len(train) + measured) * ask + u.rounds * prompts * ask + rolled * taught
+    forward = (
+        len(labelled(recipe)[0]) * ask + (2 * len(train) + measured) * ask + u.rounds * prompts * ask + rolled * taught
+    )
     train_tokens = (len(train) * s.epochs * (ask + taught) if s.enabled else 0) + u.rounds * prompts * ask
     train_tokens += rolled * taught
     speed = _speed()
