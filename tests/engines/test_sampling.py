@@ -149,3 +149,19 @@ def test_what_is_not_finite_is_refused(temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, float("nan"), 1.0]])
     with pytest.raises(ModelError, match="not finite"):
         draw(logits, torch.tensor([0.5, 0.5]), SamplerSettings(temperature=temperature))
+
+
+@given(st.integers(1, 1100), st.integers(0, 2**31 - 1), st.sampled_from([0, 1, 7, 400]))
+def test_a_draw_over_many_blocks_inverts_the_distribution(size: int, seed: int, top_k: int) -> None:
+    """The token drawn at u is the first whose cumulative probability passes u, up to float32 rounding."""
+    dice = np.random.default_rng(seed)
+    logits = torch.from_numpy(dice.normal(scale=4.0, size=(16, size)).astype(np.float32))
+    uniform = np.append(dice.random(14), [0.0, LAST_UNIFORM]).astype(np.float32)
+    tokens, logps = draw(logits, torch.from_numpy(uniform), SamplerSettings(top_k=top_k))
+    p = shape_logits(logits, SamplerSettings(top_k=top_k)).double().softmax(-1).numpy()
+    upper = p.cumsum(1)
+    for row, token in enumerate(tokens.tolist()):
+        assert p[row, token] > 0.0
+        assert upper[row, token] >= uniform[row] - 1e-5
+        assert upper[row, token] - p[row, token] <= uniform[row] + 1e-5
+        assert abs(float(logps[row]) - np.log(p[row, token])) < 1e-4

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from tutelage.engines.attention import AttentionPlan, KeyValueMemory, attention_plan
+from tutelage.engines.llama import LlamaStep
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.engines.sampling import draw
-from tutelage.errors import InputError
+from tutelage.errors import InputError, ModelError
 from tutelage.records import Generation, Prompt, SamplerSettings, content_hash
 
 __all__ = ["LocalCompleter"]
@@ -53,12 +54,24 @@ class LocalCompleter:
         lm: The model.
         rows: Decoding batch size.
         prefill_budget: Tokens a prefill pass may hold.
+        int8: Decode with weights rounded to 8 bits (Llama family): faster where the processor
+            multiplies bytes, and drawn from a slightly other model. Recorded log-probs are that model's.
+
+    Raises:
+        ModelError: int8 is wished for, and the model is of another family.
     """
 
-    def __init__(self, lm: LanguageModel, *, rows: int = 64, prefill_budget: int = 512) -> None:
+    def __init__(self, lm: LanguageModel, *, rows: int = 64, prefill_budget: int = 512, int8: bool = False) -> None:
+        if int8 and not LlamaStep.serves(lm):
+            raise ModelError(
+                f"{lm.name} cannot be sampled in int8",
+                expected="a model of the Llama family (Llama, Mistral, Qwen2, SmolLM)",
+                fix="set sampling.int8=false",
+            )
         self.lm = lm
         self.rows = rows
         self.prefill_budget = prefill_budget
+        self.int8 = int8
         self._memory: KeyValueMemory | None = None
 
     @torch.inference_mode()
@@ -160,7 +173,8 @@ class LocalCompleter:
             by_prompt[job.prompt].append(job)
         queue: collections.deque[tuple[_Job, _Prefix]] = collections.deque()
         taken = 0
-        batch = _Batch(self.lm, memory, settings)
+        fast = LlamaStep(self.lm, rows=memory.rows, int8=self.int8) if LlamaStep.serves(self.lm) else None
+        batch = _Batch(self.lm, memory, settings, fast)
         while queue or packs or batch.jobs:
             while len(batch.jobs) < memory.rows and (queue or packs):
                 if not queue:
@@ -204,8 +218,10 @@ def _uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
 class _Batch:
     """Rows that decode together. Row i of the key-value memory belongs to `jobs[i]`."""
 
-    def __init__(self, lm: LanguageModel, memory: KeyValueMemory, settings: SamplerSettings) -> None:
-        self.lm, self.memory, self.settings = lm, memory, settings
+    def __init__(
+        self, lm: LanguageModel, memory: KeyValueMemory, settings: SamplerSettings, fast: LlamaStep | None
+    ) -> None:
+        self.lm, self.memory, self.settings, self.fast = lm, memory, settings, fast
         self.jobs: list[_Job] = []
         self.lengths: list[int] = []  # tokens already in memory, a row
         self._fresh: list[tuple[int, torch.Tensor]] = []  # rows whose next logits are known
@@ -255,14 +271,16 @@ class _Batch:
         lengths = torch.tensor(self.lengths[:count], device=device)
         last = torch.tensor([job.tokens[-1] for job in self.jobs[:count]], device=device)
         reach = int(max(self.lengths[:count])) + 1
+        for row in range(count):
+            self.lengths[row] += 1
+        if self.fast is not None:
+            return self.fast(last, lengths, self.memory, reach)
         seen = torch.arange(reach, device=device)[None] <= lengths[:, None]
         plan = AttentionPlan(
             memory=self.memory, rows_B=torch.arange(count, device=device), slots_B=lengths, seen_BT=seen
         )
         with attention_plan(plan):
             hidden = self.lm.hidden(last[:, None], lengths[:, None])[:, 0]
-        for row in range(count):
-            self.lengths[row] += 1
         return hidden @ self.lm.head_VD.T
 
     def _retire(self) -> int:

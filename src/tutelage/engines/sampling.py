@@ -1,13 +1,14 @@
 """Temperature, top-k, top-p and the draw itself: pure functions on logits_BV with exact log-probs.
 
-A token is drawn by inverting the cumulative distribution at one uniform number per row, so a
-draw costs one softmax and one running sum, and a row's text depends on its own numbers only,
+A token is drawn by inverting the cumulative distribution at one uniform number per row: no noise over
+the vocabulary is needed, and a row's text depends on its own numbers only,
 not on which other rows share the batch.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from tutelage.errors import ModelError
 from tutelage.records import SamplerSettings
@@ -64,10 +65,7 @@ def draw(
         tokens_B = logits.argmax(-1)
     else:
         logits = shape_logits(logits_BV, settings)
-        mass = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
-        # Slightly below the total: rounding must never point past the last drawable token.
-        aim = uniform_B.to(mass.dtype)[:, None] * mass[:, -1:] * (1.0 - 1e-6)
-        tokens_B = torch.searchsorted(mass, aim, right=True)[:, 0].clamp_(max=mass.shape[-1] - 1)
+        tokens_B = _invert((logits - logits.amax(-1, keepdim=True)).exp_(), uniform_B)
     logp_B = logits.gather(-1, tokens_B[:, None])[:, 0] - logits.logsumexp(-1)
     if not bool(torch.isfinite(logp_B).all()):
         raise ModelError(
@@ -76,3 +74,26 @@ def draw(
             fix="check its weights; with model.dtype=bfloat16, try float32",
         )
     return tokens_B, logp_B
+
+
+_BLOCK = 256
+
+
+def _invert(mass_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """The token at which each row's running mass passes uniform * total; one without mass is never taken.
+
+    In two steps, first the block of 256 tokens, then the token in it: a running sum over the whole
+    vocabulary would be written and read once more, and add up its rounding errors.
+    """
+    rows, size = mass_BV.shape
+    blocks_BNK = F.pad(mass_BV, (0, -size % _BLOCK)).view(rows, -1, _BLOCK)
+    each_BN = blocks_BNK.sum(-1)
+    run_BN = each_BN.cumsum(-1)
+    # Slightly below the total: rounding must never point past the last drawable token.
+    aim_B1 = uniform_B.to(run_BN.dtype)[:, None] * run_BN[:, -1:] * (1.0 - 1e-6)
+    block_B1 = torch.searchsorted(run_BN, aim_B1, right=True).clamp_(max=run_BN.shape[1] - 1)
+    inside_BK = blocks_BNK[torch.arange(rows, device=mass_BV.device), block_B1[:, 0]].cumsum(-1)
+    rest_B1 = aim_B1 - (run_BN - each_BN).gather(1, block_B1)
+    rest_B1 = rest_B1.clamp_(min=0.0).minimum(inside_BK[:, -1:] * (1.0 - 1e-6))
+    # The bound matters only where a mass is not a number; the caller then refuses the draw.
+    return (block_B1 * _BLOCK + torch.searchsorted(inside_BK, rest_B1, right=True))[:, 0].clamp_(max=size - 1)

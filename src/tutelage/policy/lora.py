@@ -82,6 +82,11 @@ class LoraLinear(nn.Module):
         self.merged: torch.Tensor = base.weight.detach()
         self._own = False
 
+    @property
+    def current(self) -> torch.Tensor:
+        """The weight the layer computes with now: merged, or the start model's while the adapter is off."""
+        return self.merged if self._switch.on else self.weight
+
     def merge(self) -> None:
         """Form W + s B A anew, in the weight's dtype."""
         with torch.no_grad():
@@ -94,14 +99,12 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        if not self._switch.on:
-            return F.linear(x, self.weight, self.bias)
-        if torch.is_grad_enabled():
+        if self._switch.on and torch.is_grad_enabled():
             out: torch.Tensor = _MergedLinear.apply(  # type: ignore[no-untyped-call]
                 x, self.merged, self.bias, self.lora_a, self.lora_b, self.scale
             )
             return out
-        return F.linear(x, self.merged, self.bias)
+        return F.linear(x, self.current, self.bias)
 
 
 @dataclasses.dataclass
