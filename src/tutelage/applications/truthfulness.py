@@ -26,7 +26,7 @@ from tutelage.store.prompts import read_prompts, read_suite
 from tutelage.store.runs import Run
 
 # Counts up when the way a critic is trained changes: an older cached one must not be taken.
-_CRITIC_REVISION = 6
+_CRITIC_REVISION = 7
 
 __all__ = ["inputs", "labelled", "play", "set_up"]
 

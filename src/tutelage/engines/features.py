@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,8 +35,8 @@ class Reading:
 
     Args:
         probes: One (prompts, hidden) float32 matrix a probe.
-        inputs: What each watched linear layer received at the prompt's last token, by module path;
-            layers fed by the same tensor share one matrix.
+        inputs: What each watched linear layer received, by module path: at the prompt's last token, or
+            on average over the prompt's own tokens; layers that read the same share one matrix.
     """
 
     probes: list[torch.Tensor]
@@ -50,12 +50,13 @@ def read_trunk(
     probes: Sequence[Probe],
     *,
     watch: Mapping[str, torch.nn.Module] | None = None,
+    pooled: Collection[str] = (),
     budget: int = 512,
 ) -> Reading:
     """Read probes and, with `watch`, the inputs of linear layers, all in one pass.
 
-    A `mean` probe pools over the tokens after the template's lead, whatever the other prompts share.
-    Without `watch` the pass stops at the deepest probe.
+    A `mean` probe, and a watched layer in `pooled`, pools over the tokens after the template's lead,
+    whatever the other prompts share. Without `watch` the pass stops at the deepest probe.
     """
     wanted = [min(lm.layers - 1, round(p.depth * lm.layers)) for p in probes]
     caught: dict[int, torch.Tensor] = {}
@@ -64,29 +65,32 @@ def read_trunk(
     handles = [_watch(layer, index, caught, deepest) for index, layer in _layers(lm) if index in set(wanted)]
     handles += [module.register_forward_pre_hook(_keep_input(path, seen)) for path, module in (watch or {}).items()]
     rows: list[list[torch.Tensor]] = [[] for _ in probes]
-    inputs: dict[str, list[torch.Tensor]] = {}
-    twins: dict[str, str] = {}
+    inputs: dict[tuple[str, bool], list[torch.Tensor]] = {}
+    sources: dict[str, tuple[str, bool]] = {}
     try:
         for part in pack([Group(p, (), ()) for p in prompts], budget=budget):
             plan = AttentionPlan(mask_TT=part.mask_TT.to(lm.device))
             with attention_plan(plan), contextlib.suppress(_DeepEnough):  # layers above are not needed
                 lm.hidden(part.tokens_T[None], part.position_T[None])
-            twins = twins or _twins(seen)
-            for path in set(twins.values()):
+            sources = sources or {path: (first, path in pooled) for path, first in _twins(seen).items()}
+            for path, mean in set(sources.values()):
                 states = seen[path].reshape(-1, seen[path].shape[-1])
-                inputs.setdefault(path, []).append(states[list(part.prompt_end)].float().cpu())
+                inputs.setdefault((path, mean), []).append(_pool(lm, part, states, mean=mean).float().cpu())
             seen.clear()
             for n, (probe, index) in enumerate(zip(probes, wanted, strict=True)):
-                states = caught[index]
-                if probe.pool == "last":
-                    rows[n].append(states[list(part.prompt_end)])
-                else:
-                    rows[n].append(torch.stack([states[own].mean(0) for own in _own_tokens(lm, part)]))
+                rows[n].append(_pool(lm, part, caught[index], mean=probe.pool == "mean"))
     finally:
         for handle in handles:
             handle.remove()
-    whole = {path: torch.cat(parts) for path, parts in inputs.items()}
-    return Reading([torch.cat(r).float().cpu() for r in rows], {path: whole[twin] for path, twin in twins.items()})
+    whole = {source: torch.cat(parts) for source, parts in inputs.items()}
+    return Reading([torch.cat(r).float().cpu() for r in rows], {path: whole[one] for path, one in sources.items()})
+
+
+def _pool(lm: LanguageModel, part: Pack, states_TD: torch.Tensor, *, mean: bool) -> torch.Tensor:
+    """One row a prompt: its last token's state, or the mean over its own tokens."""
+    if mean:
+        return torch.stack([states_TD[own].mean(0) for own in _own_tokens(lm, part)])
+    return states_TD[list(part.prompt_end)]
 
 
 def _own_tokens(lm: LanguageModel, part: Pack) -> list[list[int]]:

@@ -110,7 +110,12 @@ class Head:
 
 
 def directions(
-    inputs: Mapping[str, torch.Tensor], labels_N: np.ndarray, *, ridge: float = 300.0, size: float = 0.5
+    inputs: Mapping[str, torch.Tensor],
+    labels_N: np.ndarray,
+    *,
+    ridge: float = 300.0,
+    size: float = 0.5,
+    spread: float = 4.0,
 ) -> dict[str, torch.Tensor]:
     """What in a layer's input tells the kinds of question apart: one direction a kind, by module path.
 
@@ -124,6 +129,9 @@ def directions(
         ridge: Weight of the penalty; strong, since there are hardly more questions than features.
         size: A randomly started row of A reads with about 0.05; a few times that makes the critic's
             directions the easiest to use, without making the first steps jump.
+        spread: Factor on `size` for value projections. They read at every token of the prompt, and
+            attention passes on only a share of it: the directions of the mean over the prompt, which
+            tell the kinds apart better than its last token, need a louder voice (docs/log.md).
     """
     truth = torch.nn.functional.one_hot(torch.from_numpy(labels_N), len(KINDS)).double()
     truth = truth - truth.mean(0)
@@ -142,7 +150,8 @@ def directions(
             rows_KF = rows_KF - (rows_KF @ middle / (middle @ middle))[:, None] * middle
             reach = (x @ rows_KF.T).std(0)[:, None]
             # The first layer sees the template's last token, the same in every question: nothing to read.
-            solved[id(matrix)] = (size * rows_KF / reach).float() if bool((reach > 1e-9).all()) else None
+            factor = spread * size if _gathers(path) else size
+            solved[id(matrix)] = (factor * rows_KF / reach).float() if bool((reach > 1e-9).all()) else None
         rows = solved[id(matrix)]
         if rows is not None:
             found[path] = rows
@@ -282,7 +291,12 @@ def read_questions(
 ) -> Reading:
     """One pass of the trunk over questions: the heads' features and, with `watch`, layers' inputs."""
     encoded = [lm.encode(Prompt(str(i), (Message("user", t),))) for i, t in enumerate(texts)]
-    return read_trunk(lm, encoded, PROBES, watch=watch)
+    return read_trunk(lm, encoded, PROBES, watch=watch, pooled=[p for p in watch or () if _gathers(p)])
+
+
+def _gathers(path: str) -> bool:
+    """Whether what a layer reads at every token reaches the last one through attention."""
+    return path.rpartition(".")[2] == "v_proj"
 
 
 def _reply_features(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
