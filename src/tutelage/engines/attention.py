@@ -4,7 +4,7 @@ transformers lets an attention implementation be registered by name. Ours, `tute
 `AttentionPlan` that is active and does one of three things per layer:
 
 - no plan: scaled dot-product attention with the mask that came in;
-- a plan with `mask_TT`: packed-tree attention, where many texts lie in one row and each token sees
+- a plan with a `tree` or its `mask_TT`: packed-tree attention, where many texts lie in one row and each token sees
   only its ancestors; keys and values can be captured, and the last layer's attention of chosen
   rows recorded (the credit stage needs it);
 - a plan with a `KeyValueMemory`: one decoding step, with keys and values written in place into
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from tutelage.engines.tree import Tree, tree_attention
 from tutelage.errors import ModelError
 
 __all__ = ["AttentionPlan", "KeyValueMemory", "attention_plan", "install"]
@@ -60,6 +61,7 @@ class AttentionPlan:
 
     Args:
         mask_TT: True where the row token may see the column token (packed tree).
+        tree: The same tree by its parts, which attends faster; `mask_TT` is then needed only to record.
         capture: Keep keys and values of every layer in `captured` (layer -> (k, v), batch dropped).
         record_rows_N: Token indices whose last-layer attention, averaged over heads, goes to
             `recorded_NT`.
@@ -68,6 +70,7 @@ class AttentionPlan:
     """
 
     mask_TT: torch.Tensor | None = None
+    tree: Tree | None = None
     capture: bool = False
     captured: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
     record_rows_N: torch.Tensor | None = None
@@ -169,8 +172,13 @@ def _attention(
     plan = _active[-1] if _active else None
     if plan is not None and plan.memory is not None:
         out = _decode(plan, index, query, key, value, scaling)
-    elif plan is not None and plan.mask_TT is not None:
-        out = _attend(query, key, value, plan.mask_TT[None, None], scaling)
+    elif plan is not None and (plan.tree is not None or plan.mask_TT is not None):
+        if plan.tree is not None:
+            by_token = (x[0].transpose(0, 1) for x in (query, key, value))
+            out = tree_attention(plan.tree, *by_token, scaling=scaling).transpose(0, 1)[None]
+        else:
+            assert plan.mask_TT is not None
+            out = _attend(query, key, value, plan.mask_TT[None, None], scaling)
         if plan.capture:
             plan.captured[index] = (key[0].detach(), value[0].detach())
         if plan.record_rows_N is not None and index == plan.record_layer:

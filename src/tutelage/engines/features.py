@@ -69,7 +69,7 @@ def read_trunk(
     sources: dict[str, tuple[str, bool]] = {}
     try:
         for part in pack([Group(p, (), ()) for p in prompts], budget=budget):
-            plan = AttentionPlan(mask_TT=part.mask_TT.to(lm.device))
+            plan = AttentionPlan(tree=part.tree.to(lm.device))
             with attention_plan(plan), contextlib.suppress(_DeepEnough):  # layers above are not needed
                 lm.hidden(part.tokens_T[None], part.position_T[None])
             sources = sources or {path: (first, path in pooled) for path, first in _twins(seen).items()}

@@ -92,7 +92,7 @@ class LlamaStep:
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # the sign of rotate-half, once for all layers
         hidden_keys = torch.arange(reach, device=x.device)[None] > slots_B[:, None]
         bias = torch.zeros(count, 1, 1, reach, dtype=x.dtype, device=x.device)
-        bias.masked_fill_(hidden_keys[:, None, None], float("-inf"))
+        bias = bias.masked_fill_(hidden_keys[:, None, None], float("-inf")).expand(-1, shared, -1, -1).flatten(0, 1)
         rows_B = torch.arange(count, device=x.device)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(F.rms_norm(x, x.shape[1:], layer.before, self.eps)).view(count, heads + 2 * shared, width)
@@ -103,9 +103,10 @@ class LlamaStep:
             keys[rows_B, :, slots_B] = turned[:, heads:]
             values[rows_B, :, slots_B] = qkv[:, heads + shared :]
             # The queries that share a key-value head become its rows: no repeated keys in memory.
-            query = turned[:, :heads].reshape(count, shared, heads // shared, width)
-            scores = torch.matmul(query * width**-0.5, keys[:count, :, :reach].transpose(2, 3)) + bias
-            mixed = torch.matmul(scores.softmax(-1), values[:count, :, :reach])
+            query = turned[:, :heads].reshape(count * shared, heads // shared, width)
+            seen_keys, seen_values = (x.flatten(0, 1)[: count * shared, :reach] for x in (keys, values))
+            scores = torch.baddbmm(bias, query, seen_keys.transpose(1, 2), alpha=width**-0.5)
+            mixed = torch.bmm(scores.softmax(-1), seen_values)
             x = x + layer.out(mixed.reshape(count, heads * width))
             gate, up = layer.gate_up(F.rms_norm(x, x.shape[1:], layer.between, self.eps)).chunk(2, -1)
             x = x + layer.down(F.silu(gate) * up)

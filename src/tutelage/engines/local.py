@@ -192,7 +192,7 @@ class LocalCompleter:
         return held
 
     def _prefill(self, fresh: Pack, samples: int) -> list[_Prefix]:
-        plan = AttentionPlan(mask_TT=fresh.mask_TT.to(self.lm.device), capture=True)
+        plan = AttentionPlan(tree=fresh.tree.to(self.lm.device), capture=True)
         with attention_plan(plan):
             hidden = self.lm.hidden(fresh.tokens_T[None], fresh.position_T[None])[0]
         logits = hidden[list(fresh.prompt_end)] @ self.lm.head_VD.T

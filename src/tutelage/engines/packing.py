@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
+from tutelage.engines.tree import Tree, plant
+
 __all__ = ["Group", "Pack", "common_prefix", "pack"]
 
 
@@ -27,8 +29,9 @@ class Group:
 
 @dataclasses.dataclass
 class Pack:
-    """One row of packed trees.
+    """One row of packed trees, in the order root, prompts, completions.
 
+    `tree` describes it for attention, `mask_TT` says the same as one mask.
     `source_N` is the position whose hidden state predicts `target_N`; `row_N` and `column_N` say
     where that prediction belongs in a (completions, tokens) table. `prompt_end` and `span` give, in
     the order of `groups`, the packed index of each prompt's last token, and of each completion's
@@ -39,6 +42,7 @@ class Pack:
     tokens_T: torch.Tensor
     position_T: torch.Tensor
     mask_TT: torch.Tensor
+    tree: Tree
     source_N: torch.Tensor
     target_N: torch.Tensor
     row_N: torch.Tensor
@@ -89,50 +93,47 @@ def pack(groups: Sequence[Group], *, budget: int) -> list[Pack]:
 def _lay(groups: Sequence[Group], root: int) -> Pack:
     tokens: list[int] = list(groups[0].prompt[:root])
     positions: list[int] = list(range(root))
-    # (start, end, starts of the ancestors' segments) of every segment, to fill the mask.
-    segments: list[tuple[int, int, tuple[tuple[int, int], ...]]] = [(0, root, ())]
+    prompt_spans: list[tuple[int, int]] = []
+    for group in groups:
+        start = len(tokens)
+        tokens += group.prompt[root:]
+        positions += range(root, len(group.prompt))
+        prompt_spans.append((start, len(tokens)))
+    # (first, last, the prompt's span) of every completion, to fill the mask.
+    leaves: list[tuple[int, int, tuple[int, int]]] = []
     source: list[int] = []
     target: list[int] = []
     row: list[int] = []
     column: list[int] = []
-    ends: list[int] = []
-    spans: list[tuple[int, int]] = []
-    prompt_spans: list[tuple[int, int]] = []
-    for group in groups:
-        own = group.prompt[root:]
-        start, end = len(tokens), len(tokens) + len(own)
-        tokens += own
-        positions += range(root, root + len(own))
-        segments.append((start, end, ((0, root),)))
-        ends.append(end - 1)
-        prompt_spans.append((start, end))
+    for group, prompt in zip(groups, prompt_spans, strict=True):
         for name, completion in zip(group.rows, group.completions, strict=True):
             first, last = len(tokens), len(tokens) + len(completion)
             tokens += completion
             positions += range(len(group.prompt), len(group.prompt) + len(completion))
-            segments.append((first, last, ((0, root), (start, end))))
-            spans.append((first, last - 1))
-            source += [end - 1, *range(first, last - 1)]
+            leaves.append((first, last, prompt))
+            source += [prompt[1] - 1, *range(first, last - 1)] if completion else []
             target += completion
             row += [name] * len(completion)
             column += range(len(completion))
     mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for first, last, ancestors in segments:
-        n = last - first
-        mask[first:last, first:last] = torch.ones(n, n, dtype=torch.bool).tril()
-        for begin, stop in ancestors:
-            mask[first:last, begin:stop] = True
+    mask[:, :root] = True
+    for start, end in prompt_spans:
+        mask[start:end, start:end] = True
+    for first, last, (start, end) in leaves:
+        mask[first:last, first:last] = True
+        mask[first:last, start:end] = True
     return Pack(
         groups=tuple(groups),
         tokens_T=torch.tensor(tokens),
         position_T=torch.tensor(positions),
-        mask_TT=mask,
+        mask_TT=mask.tril_(),
+        tree=plant(root, [b - a for a, b in prompt_spans], [[len(c) for c in g.completions] for g in groups]),
         source_N=torch.tensor(source, dtype=torch.long),
         target_N=torch.tensor(target, dtype=torch.long),
         row_N=torch.tensor(row, dtype=torch.long),
         column_N=torch.tensor(column, dtype=torch.long),
-        prompt_end=tuple(ends),
-        spans=tuple(spans),
+        prompt_end=tuple(end - 1 for _, end in prompt_spans),
+        spans=tuple((first, last - 1) for first, last, _ in leaves),
         prompt_spans=tuple(prompt_spans),
         root=root,
     )

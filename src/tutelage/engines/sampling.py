@@ -60,13 +60,12 @@ def draw(
     Raises:
         ModelError: A logit is not a number.
     """
-    if settings.temperature == 0.0:
-        logits = logits_BV.float()
-        tokens_B = logits.argmax(-1)
-    else:
-        logits = shape_logits(logits_BV, settings)
-        tokens_B = _invert((logits - logits.amax(-1, keepdim=True)).exp_(), uniform_B)
-    logp_B = logits.gather(-1, tokens_B[:, None])[:, 0] - logits.logsumexp(-1)
+    # A few rows at a time: the tables over the vocabulary then stay in the processor's cache.
+    parts = [
+        _draw(*rows, settings)
+        for rows in zip(torch.split(logits_BV, _ROWS), torch.split(uniform_B, _ROWS), strict=True)
+    ]
+    tokens_B, logp_B = (torch.cat(x) for x in zip(*parts, strict=True))
     if not bool(torch.isfinite(logp_B).all()):
         raise ModelError(
             "the model's probabilities are not finite",
@@ -74,6 +73,21 @@ def draw(
             fix="check its weights; with model.dtype=bfloat16, try float32",
         )
     return tokens_B, logp_B
+
+
+_ROWS = 16
+
+
+def _draw(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, settings: SamplerSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    greedy = settings.temperature == 0.0
+    logits_BV = logits_BV.float() if greedy else shape_logits(logits_BV, settings)
+    top_B1 = logits_BV.amax(-1, keepdim=True)
+    mass_BV = (logits_BV - top_B1).exp_()
+    tokens_B = logits_BV.argmax(-1) if greedy else _invert(mass_BV, uniform_B)
+    chosen_B1 = logits_BV.gather(-1, tokens_B[:, None])
+    return tokens_B, (chosen_B1 - top_B1 - mass_BV.sum(-1, keepdim=True).log())[:, 0]
 
 
 _BLOCK = 256

@@ -67,8 +67,9 @@ def score(
     reply_BD = torch.zeros(rows, features)
     prompts: list[torch.Tensor] = []
     for part in pack(groups, budget=budget):
-        plan = AttentionPlan(mask_TT=part.mask_TT.to(lm.device))
+        plan = AttentionPlan(tree=part.tree.to(lm.device))
         if attention and part.spans:
+            plan.mask_TT = part.mask_TT.to(lm.device)
             plan.record_rows_N = torch.tensor([last for _, last in part.spans], device=lm.device)
             plan.record_layer = lm.layers - 1
         hidden = _hidden(lm, part, plan)
@@ -193,7 +194,7 @@ class Learner:
 
     def _batch(self, part: Pack, tables: dict[str, torch.Tensor], rows: int, tokens: int, temperature: float) -> Batch:
         device, lm = self.lm.device, self.lm
-        plan = AttentionPlan(mask_TT=part.mask_TT.to(device))
+        plan = AttentionPlan(tree=part.tree.to(device))
         first = part.rows[0]  # rows of a pack are consecutive, since groups keep their order
         cut = {k: v[first : first + len(part.rows)].to(device) for k, v in tables.items()}
         row, column = part.row_N.to(device) - first, part.column_N.to(device)
