@@ -83,6 +83,7 @@ class Sampling(_Section):
     temperature: Positive = Field(1.0, description="of the policy-gradient rollouts")
     max_new_tokens: Count = Field(24, description="longest reply, in tokens")
     rows: Count = Field(64, description="decoding batch")
+    int8: bool = Field(False, description="draw rollouts with weights rounded to 8 bits (Llama family)")
 
 
 class Feedback(_Section):
@@ -162,8 +163,9 @@ class Update(_Section):
     learning_rate: Positive = Field(2e-4, description="constant")
     clip: Positive = Field(0.2, description="epsilon of the ratio clip")
     kl: float = Field(0.05, ge=0.0, description="weight of the KL term to the start model")
+    importance_cap: Positive = Field(2.0, description="largest importance weight, with sampling.int8")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
-    token_budget: Count = Field(512, description="tokens a packed micro-batch holds; bounds memory")
+    token_budget: Count = Field(1024, description="tokens a packed micro-batch holds; bounds memory")
 
 
 class Gate(_Section):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tutelage.engines.batch import Batch
-from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, advantages_rloo, kl_k3
+from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, advantages_rloo, importance, kl_k3
 
 NAN = math.nan
 LN2 = math.log(2)
@@ -332,3 +332,34 @@ def test_off_policy_rloo_is_unbiased_through_the_sequence_ratio() -> None:
     ignored = expected_gradient(policy, policy.logp_ST().detach(), Rloo(clip=1e9, kl=0.0), shifted)
     assert torch.allclose(ignored, policy.exact(), atol=1e-10)
     assert torch.allclose(got, policy.exact(), atol=1e-10)
+
+
+# ---- importance of tokens that another model drew --------------------------------------------
+
+
+def test_importance_by_hand() -> None:
+    """Ratios 2, 1/2 and 4, capped at 3; the fourth place holds no token."""
+    old = torch.tensor([[2.0, 0.5], [4.0, 9.0]]).log()
+    keep = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    weight, apart = importance(old, torch.zeros(2, 2), keep, cap=3.0)
+    assert torch.allclose(weight, torch.tensor([[2.0, 0.5], [3.0, 0.0]]))
+    assert apart["mismatch_kl"] == pytest.approx(-(LN2 - LN2 + 2 * LN2) / 3)
+    assert apart["effective_sample_size"] == pytest.approx(6.5**2 / (4 + 0.25 + 16) / 3)
+    assert apart["truncated"] == pytest.approx(1 / 3)
+
+
+def test_the_same_model_weighs_every_token_one() -> None:
+    logp = torch.tensor([[-1.0, -2.0, -3.0]])
+    weight, apart = importance(logp, logp, torch.ones(1, 3), cap=2.0)
+    assert weight.tolist() == [[1.0, 1.0, 1.0]]
+    assert apart == {"mismatch_kl": 0.0, "effective_sample_size": pytest.approx(1.0), "truncated": 0.0}
+
+
+@given(st.integers(0, 10_000))
+def test_untruncated_weights_make_the_samplers_mean_the_policys(seed: int) -> None:
+    """Exact over a small vocabulary: E_q[w f] = E_p[f]."""
+    random = torch.Generator().manual_seed(seed)
+    p, q, f = (torch.randn(5, generator=random, dtype=F64) for _ in range(3))
+    p, q = p.log_softmax(0), q.log_softmax(0)
+    weight, _ = importance(p[None], q[None], torch.ones(1, 5, dtype=F64), cap=1e9)
+    assert float((q.exp() * weight[0] * f).sum()) == pytest.approx(float((p.exp() * f).sum()))

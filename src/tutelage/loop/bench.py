@@ -62,11 +62,15 @@ class Workbench:
     version: str = "start"
     multiplier: PidMultiplier = dataclasses.field(init=False)
     completer: LocalCompleter = dataclasses.field(init=False)
+    roller: LocalCompleter = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         c = self.recipe.constraint
         self.multiplier = PidMultiplier(c.limit, c.kp, c.ki, c.kd, c.maximum)
-        self.completer = LocalCompleter(self.lm, rows=self.recipe.sampling.rows)
+        s = self.recipe.sampling
+        self.completer = LocalCompleter(self.lm, rows=s.rows)
+        # Only rollouts are drawn in int8: what is measured, and what critics see, is the model itself.
+        self.roller = LocalCompleter(self.lm, rows=s.rows, int8=True) if s.int8 else self.completer
         self.learner = self._new_learner(self.recipe.update.learning_rate)
         self._encoded: dict[str, tuple[int, ...]] = {}
 
@@ -106,6 +110,13 @@ class Workbench:
         self, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], *, attention: bool
     ) -> Scores:
         """One pass of the start model over the replies: reference log-probs and attention together."""
+        with self.adapter.off():
+            return self.scores(prompts, replies_PG, attention=attention)
+
+    def scores(
+        self, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], *, attention: bool = False
+    ) -> Scores:
+        """One pass of the policy as it stands over the replies."""
         groups, row = [], 0
         for prompt, replies in zip(prompts, replies_PG, strict=True):
             groups.append(
@@ -116,14 +127,13 @@ class Workbench:
                 )
             )
             row += len(replies)
-        with self.adapter.off():
-            return score(
-                self.lm,
-                groups,
-                budget=self.recipe.update.token_budget,
-                attention=attention,
-                temperature=self.recipe.sampling.temperature,
-            )
+        return score(
+            self.lm,
+            groups,
+            budget=self.recipe.update.token_budget,
+            attention=attention,
+            temperature=self.recipe.sampling.temperature,
+        )
 
     def pick(self, prompts: Sequence[Prompt], count: int, number: int) -> list[Prompt]:
         """A round's prompts: a walk through shuffled passes over all, the same for the same seed.

@@ -11,6 +11,7 @@ from tutelage.credit import tokens as credit
 from tutelage.feedback.panel import Findings
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.objectives.constrained import mix_advantages
+from tutelage.objectives.policy_gradient import importance
 from tutelage.policy.learner import Scores, TrainGroup
 from tutelage.records import Generation, Prompt, Reward, SamplerSettings
 from tutelage.rewards.compose import compose
@@ -28,7 +29,7 @@ def generate(bench: Workbench, prompts: Sequence[Prompt], number: int) -> list[l
     recipe = bench.recipe
     settings = SamplerSettings(recipe.sampling.temperature, max_new_tokens=recipe.sampling.max_new_tokens)
     bench.progress.stage(f"round {number}: generate", len(prompts) * recipe.update.samples, "replies")
-    return bench.completer.generate(
+    return bench.roller.generate(
         prompts,
         samples=recipe.update.samples,
         settings=settings,
@@ -115,6 +116,10 @@ def update(
     """Optimiser steps on the groups that have something to teach."""
     objective, _ = bench.objective()
     value_BT = credit.reward_to_go(credit_BT)
+    old_BT = None
+    if bench.recipe.sampling.int8:
+        old_BT, weight_BT = _corrected(bench, prompts, replies_PG, unit, number)
+        value_BT = value_BT * weight_BT
     groups, row = [], 0
     for prompt, replies, advantage_G in zip(prompts, replies_PG, advantage_PG, strict=True):
         rows = range(row, row + len(replies))
@@ -127,7 +132,10 @@ def update(
                 bench.encode(prompt),
                 tuple(r.tokens for r in replies),
                 tuple(tuple(value_BT[b, :n].tolist()) for b, n in zip(rows, lengths, strict=True)),
-                tuple(r.logps for r in replies),
+                tuple(
+                    r.logps if old_BT is None else tuple(old_BT[b, : len(r.tokens)].tolist())
+                    for b, r in zip(rows, replies, strict=True)
+                ),
                 tuple(tuple(scores.logp_BT[b, :n].tolist()) for b, n in zip(rows, lengths, strict=True)),
             )
         )
@@ -139,6 +147,19 @@ def update(
         unit.metrics(number * 1000 + start // size, "update", numbers)
         bench.progress.figures(kl=numbers.get("kl_to_start", 0.0), loss=numbers["loss"])
         bench.progress.advance(len(part))
+
+
+def _corrected(
+    bench: Workbench, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], unit: Unit, number: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The policy's own log-probabilities of what the rounded model drew, and importance weights for it."""
+    scores = bench.scores(prompts, replies_PG)
+    drawn_BT = torch.zeros_like(scores.logp_BT)
+    for row, reply in enumerate(r for group in replies_PG for r in group):
+        drawn_BT[row, : len(reply.tokens)] = torch.tensor(reply.logps)
+    weight_BT, apart = importance(scores.logp_BT, drawn_BT, scores.keep_BT, cap=bench.recipe.update.importance_cap)
+    unit.metrics(number, "importance", apart)
+    return scores.logp_BT, weight_BT
 
 
 def figures(findings: Findings, rewards_PG: Sequence[Sequence[Reward]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 
 from tutelage.engines.batch import Batch, Loss
 
-__all__ = ["Grpo", "Rloo", "advantages_grpo", "advantages_rloo", "kl_k3"]
+__all__ = ["Grpo", "Rloo", "advantages_grpo", "advantages_rloo", "importance", "kl_k3"]
 
 
 def advantages_grpo(rewards_PG: torch.Tensor, *, eps: float = 1e-4) -> torch.Tensor:
@@ -58,6 +58,34 @@ def kl_k3(logp_BT: torch.Tensor, ref_logp_BT: torch.Tensor) -> torch.Tensor:
     """
     gap = (ref_logp_BT - logp_BT).clamp(-20.0, 20.0)
     return gap.exp() - gap - 1.0
+
+
+def importance(
+    old_logp_BT: torch.Tensor, sampled_logp_BT: torch.Tensor, keep_BT: torch.Tensor, *, cap: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Truncated importance weights min(pi_old / pi_sampler, cap), for tokens drawn by a slightly other model.
+
+    Args:
+        old_logp_BT: Log-probabilities under the policy that is to be improved.
+        sampled_logp_BT: Those recorded when the tokens were drawn.
+        keep_BT: 1.0 where there is a token.
+        cap: Largest weight; it bounds the variance and biases towards the sampler.
+
+    Returns:
+        weight_BT (zero where there is no token), and how far the two models are apart: `mismatch_kl`,
+        the mean of log pi_sampler - log pi_old over tokens; `effective_sample_size`, the share
+        (sum w)^2 / (n sum w^2) of the untruncated weights; `truncated`, the share above the cap.
+
+    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
+    """
+    gap = (old_logp_BT - sampled_logp_BT) * keep_BT
+    weight = gap.clamp(-20.0, 20.0).exp() * keep_BT
+    count = float(keep_BT.sum().clamp_min(1.0))
+    return weight.clamp_max(cap), {
+        "mismatch_kl": float(-gap.sum()) / count,
+        "effective_sample_size": float(weight.sum() ** 2 / (weight**2).sum().clamp_min(1e-12)) / count,
+        "truncated": float((weight > cap).sum()) / count,
+    }
 
 
 def _sums(batch: Batch, ratio_BT: torch.Tensor, kl_BT: torch.Tensor, clip: float) -> dict[str, float]:

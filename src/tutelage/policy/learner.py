@@ -113,6 +113,7 @@ class Learner:
         budget: Tokens a packed micro-batch may hold: bounds the memory of activations.
         max_grad_norm: Gradients are scaled down to this norm.
         weight_decay: AdamW's decoupled decay.
+        betas: AdamW's; the second is below its usual 0.999 since runs have few steps.
     """
 
     def __init__(
@@ -121,14 +122,15 @@ class Learner:
         adapter: Adapter,
         *,
         learning_rate: float,
-        budget: int = 512,
+        budget: int = 1024,
         max_grad_norm: float = 1.0,
         weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
         self.lm, self.adapter, self.budget = lm, adapter, budget
         self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
         self.optimizer = torch.optim.AdamW(
-            adapter.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay
+            adapter.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay
         )
 
     def step(
