@@ -115,8 +115,8 @@ class Constraint(_Section):
 
     enabled: bool = Field(True, description="off is the ablation")
     limit: Fraction = Field(0.1, description="tolerated share of withheld answers where an answer is due")
-    kp: float = Field(8.0, ge=0.0, description="proportional gain")
-    ki: float = Field(4.0, ge=0.0, description="integral gain")
+    kp: float = Field(7.0, ge=0.0, description="proportional gain")
+    ki: float = Field(3.5, ge=0.0, description="integral gain")
     kd: float = Field(1.0, ge=0.0, description="derivative gain")
     maximum: Positive = Field(5.0, description="largest multiplier")
 
@@ -157,10 +157,10 @@ class Update(_Section):
 
     objective: Literal["grpo", "rloo"] = Field("grpo", description="which advantage and loss")
     rounds: int = Field(2, ge=0, description="rounds after the supervised stage")
-    prompts: Count = Field(48, description="prompts a round")
-    samples: int = Field(6, ge=2, description="G, replies a prompt")
+    prompts: Count = Field(64, description="prompts a round")
+    samples: int = Field(8, ge=2, description="G, replies a prompt")
     batch: Count = Field(16, description="prompts an optimiser step")
-    learning_rate: Positive = Field(2e-4, description="constant")
+    learning_rate: Positive = Field(1.5e-4, description="constant")
     clip: Positive = Field(0.2, description="epsilon of the ratio clip")
     kl: float = Field(0.05, ge=0.0, description="weight of the KL term to the start model")
     importance_cap: Positive = Field(2.0, description="largest importance weight, with sampling.int8")
