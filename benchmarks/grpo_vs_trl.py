@@ -61,7 +61,7 @@ def ours(prompts: int, samples: int, tokens: int, *, int8: bool) -> None:
 
     lm = load_model("smollm2-135m-instruct", dtype="bfloat16")
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=0)
-    completer = LocalCompleter(_endless(lm), rows=min(128, prompts * samples), int8=int8)
+    completer = LocalCompleter(endless(lm), rows=min(128, prompts * samples), int8=int8)
     learner = Learner(lm, adapter, learning_rate=RATE, budget=1024)
     asked = [Prompt(f"p{i}", (Message("user", q),)) for i, q in enumerate(questions(prompts))]
     encoded = [lm.encode(p) for p in asked]
@@ -104,7 +104,7 @@ def ours(prompts: int, samples: int, tokens: int, *, int8: bool) -> None:
     serve(step, warmup=1)
 
 
-def _endless(lm: Any) -> Any:
+def endless(lm: Any) -> Any:
     """The model without a token that ends a turn: every reply has its full length."""
 
     class Endless(type(lm)):  # type: ignore[misc]

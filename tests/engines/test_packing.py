@@ -101,11 +101,12 @@ GROUPS = (
 )
 
 
-def packed_loss(lm: Any, budget: int, weight_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_loss(lm: Any, budget: int, weight_BT: torch.Tensor, *, by: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(table of log-probabilities, weighted sum) from packed trees."""
     logp_BT = torch.zeros(6, 5)
     for part in pack(GROUPS, budget=budget):
-        with attention_plan(AttentionPlan(mask_TT=part.mask_TT)):
+        plan = AttentionPlan(tree=part.tree) if by == "tree" else AttentionPlan(mask_TT=part.mask_TT)
+        with attention_plan(plan):
             hidden = lm.hidden(part.tokens_T[None], part.position_T[None])[0]
         table = (hidden[part.source_N] @ lm.head_VD.T).log_softmax(-1)
         chosen = table.gather(1, part.target_N[:, None])[:, 0]
@@ -124,14 +125,15 @@ def separate_loss(model: Any, weight_BT: torch.Tensor) -> tuple[torch.Tensor, to
     return logp_BT, (logp_BT * weight_BT).sum()
 
 
+@pytest.mark.parametrize("by", ["tree", "mask"])
 @pytest.mark.parametrize("budget", [12, 4096])
 def test_log_probs_and_gradients_equal_separate_passes(
-    architecture: str, budget: int, load_tiny: Callable[[str], Any], plain_models: dict[str, Any]
+    architecture: str, budget: int, by: str, load_tiny: Callable[[str], Any], plain_models: dict[str, Any]
 ) -> None:
     lm, plain = load_tiny(architecture), plain_models[architecture]
     lm.model.requires_grad_(True)
     weight_BT = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    ours, our_loss = packed_loss(lm, budget, weight_BT)
+    ours, our_loss = packed_loss(lm, budget, weight_BT, by=by)
     theirs, their_loss = separate_loss(plain, weight_BT)
     assert (ours - theirs).abs().max() < 1e-4
     names = [name for name, _ in plain.named_parameters()]

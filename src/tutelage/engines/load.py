@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from tutelage.engines import attention, weights
+from tutelage.engines import attention, fused, weights
 from tutelage.engines.packing import common_prefix
 from tutelage.errors import InputError, ModelError
 from tutelage.records import Message, Prompt, content_hash
@@ -211,6 +211,7 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", hub: boo
     model.set_attn_implementation(attention.install())
     model.requires_grad_(False)
     model.eval().to(place)
+    fused.fuse(model)
     loaded = LanguageModel(name, model, tokenizer, place, number)
     _check_head(loaded)
     return loaded
