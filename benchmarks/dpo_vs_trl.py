@@ -56,7 +56,7 @@ def ours(dtype: str) -> None:
 
     lm = load_model("smollm2-135m-instruct", dtype=dtype)
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=0)
-    learner = Learner(lm, adapter, learning_rate=RATE, budget=1024, betas=(0.9, 0.999))
+    learner = Learner(lm, adapter, learning_rate=RATE, budget=2048, betas=(0.9, 0.999))
 
     def step(number: int) -> dict[str, Any]:
         groups = []
@@ -64,7 +64,7 @@ def ours(dtype: str) -> None:
             prompt = lm.encode(Prompt(str(i), (Message("user", question),)))
             groups.append(Group(prompt, tuple(lm.encode_reply(r) for r in replies), (2 * i, 2 * i + 1)))
         with adapter.off():
-            reference = score(lm, groups, budget=1024).logp_BT
+            reference = score(lm, groups, budget=2048).logp_BT
         pairs = [
             TrainGroup(
                 g.prompt,

@@ -37,7 +37,7 @@ def measure(count: int, repeats: int) -> dict[str, Any]:
 
     lm = load_model("smollm2-135m-instruct", dtype="bfloat16")
     adapter = attach(lm.model, rank=16, alpha=32, seed=0)
-    learner = Learner(lm, adapter, learning_rate=1e-5, budget=1024)
+    learner = Learner(lm, adapter, learning_rate=1e-5, budget=2048)
     loaded = peak_memory()
     dice = random.Random(0)  # noqa: S311
     groups, train = [], []
@@ -51,7 +51,7 @@ def measure(count: int, repeats: int) -> dict[str, Any]:
     for _ in range(1 + repeats):
         began = time.perf_counter()
         with adapter.off():
-            score(lm, groups, budget=1024)
+            score(lm, groups, budget=2048)
         learner.step(train, Grpo(0.2, 0.04))
         taken.append(time.perf_counter() - began)
     return {

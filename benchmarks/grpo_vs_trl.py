@@ -62,7 +62,7 @@ def ours(prompts: int, samples: int, tokens: int, *, int8: bool) -> None:
     lm = load_model("smollm2-135m-instruct", dtype="bfloat16")
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=0)
     completer = LocalCompleter(endless(lm), rows=min(128, prompts * samples), int8=int8)
-    learner = Learner(lm, adapter, learning_rate=RATE, budget=1024)
+    learner = Learner(lm, adapter, learning_rate=RATE, budget=2048)
     asked = [Prompt(f"p{i}", (Message("user", q),)) for i, q in enumerate(questions(prompts))]
     encoded = [lm.encode(p) for p in asked]
     settings = SamplerSettings(1.0, max_new_tokens=tokens)
@@ -78,7 +78,7 @@ def ours(prompts: int, samples: int, tokens: int, *, int8: bool) -> None:
             for e, group in zip(encoded, replies, strict=True)
         ]
         with adapter.off():
-            reference = score(lm, groups, budget=1024).logp_BT
+            reference = score(lm, groups, budget=2048).logp_BT
         marks.append(time.perf_counter())
         found = learner.step(
             [

@@ -165,7 +165,7 @@ class Update(_Section):
     kl: float = Field(0.05, ge=0.0, description="weight of the KL term to the start model")
     importance_cap: Positive = Field(2.0, description="largest importance weight, with sampling.int8")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
-    token_budget: Count = Field(1024, description="tokens a packed micro-batch holds; bounds memory")
+    token_budget: Count = Field(2048, description="tokens a packed micro-batch holds; bounds memory")
 
 
 class Gate(_Section):

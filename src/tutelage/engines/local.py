@@ -72,7 +72,6 @@ class LocalCompleter:
         self.rows = rows
         self.prefill_budget = prefill_budget
         self.int8 = int8
-        self._memory: KeyValueMemory | None = None
 
     @torch.inference_mode()
     def generate(
@@ -167,7 +166,7 @@ class LocalCompleter:
         groups = [Group(encoded[p], (), ()) for p in order]
         packs = collections.deque(pack(groups, budget=self.prefill_budget))
         capacity = max(len(e) for e in encoded) + settings.max_new_tokens
-        memory = self._take_memory(min(self.rows, len(jobs)), capacity)
+        memory = KeyValueMemory(min(self.rows, len(jobs)), -(-capacity // 32) * 32)
         by_prompt: dict[int, list[_Job]] = collections.defaultdict(list)
         for job in jobs:
             by_prompt[job.prompt].append(job)
@@ -184,12 +183,6 @@ class LocalCompleter:
                         taken += 1
                 batch.admit(*queue.popleft())
             progress(batch.step())
-
-    def _take_memory(self, rows: int, capacity: int) -> KeyValueMemory:
-        held = self._memory
-        if held is None or held.rows != rows or held.capacity < capacity:
-            self._memory = held = KeyValueMemory(rows, -(-capacity // 32) * 32)
-        return held
 
     def _prefill(self, fresh: Pack, samples: int) -> list[_Prefix]:
         plan = AttentionPlan(tree=fresh.tree.to(self.lm.device), capture=True)

@@ -87,15 +87,17 @@ class LoraLinear(nn.Module):
         """The weight the layer computes with now: merged, or the start model's while the adapter is off."""
         return self.merged if self._switch.on else self.weight
 
-    def merge(self) -> None:
-        """Form W + s B A anew, in the weight's dtype."""
+    def merge(self, scratch: torch.Tensor) -> None:
+        """Form W + s B A anew, in the weight's dtype.
+
+        Args:
+            scratch: float32 numbers to work in, at least as many as the weight has.
+        """
         with torch.no_grad():
             if not self._own:  # memory is taken once and reused by every merge
                 self.merged, self._own = torch.empty_like(self.weight), True
-            if self.weight.dtype == torch.float32:
-                torch.addmm(self.weight, self.lora_b, self.lora_a, alpha=self.scale, out=self.merged)
-            else:
-                self.merged.copy_(self.weight.float().addmm_(self.lora_b, self.lora_a, alpha=self.scale))
+            wide = scratch[: self.weight.numel()].view(self.weight.shape)
+            self.merged.copy_(wide.copy_(self.weight).addmm_(self.lora_b, self.lora_a, alpha=self.scale))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
@@ -124,8 +126,10 @@ class Adapter:
 
     def merge(self) -> None:
         """Bring the merged weights up to date with the factors."""
-        for layer in self.layers.values():
-            layer.merge()
+        layers = self.layers.values()
+        scratch = torch.empty(max(x.weight.numel() for x in layers), device=next(iter(layers)).weight.device)
+        for layer in layers:
+            layer.merge(scratch)
 
     def aim(self, directions: Mapping[str, torch.Tensor]) -> None:
         """Let the first rows of A look along given directions, by module path.
