@@ -1,7 +1,7 @@
 """One DPO step, ours against TRL's: the same pairs, model, adapter and start.
 
     python benchmarks/dpo_vs_trl.py                 # speed and memory in bfloat16
-    python benchmarks/dpo_vs_trl.py --check         # losses of five steps in float32, side by side
+    python benchmarks/dpo_vs_trl.py --check         # losses of four steps in float32, side by side
     python benchmarks/dpo_vs_trl.py --json
 
 Both sides: SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers with the same start, beta 0.1, 16
@@ -56,7 +56,7 @@ def ours(dtype: str) -> None:
 
     lm = load_model("smollm2-135m-instruct", dtype=dtype)
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=0)
-    learner = Learner(lm, adapter, learning_rate=RATE, budget=2048, betas=(0.9, 0.999))
+    learner = Learner(lm, adapter, learning_rate=RATE, budget=1024, betas=(0.9, 0.999))
 
     def step(number: int) -> dict[str, Any]:
         groups = []
@@ -64,7 +64,7 @@ def ours(dtype: str) -> None:
             prompt = lm.encode(Prompt(str(i), (Message("user", question),)))
             groups.append(Group(prompt, tuple(lm.encode_reply(r) for r in replies), (2 * i, 2 * i + 1)))
         with adapter.off():
-            reference = score(lm, groups, budget=2048).logp_BT
+            reference = score(lm, groups, budget=1024).logp_BT
         pairs = [
             TrainGroup(
                 g.prompt,
@@ -187,7 +187,7 @@ def check(threads: int, peer_batch: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for side in ("ours", "peer"):
         worker = Worker(__file__, [*common, "--worker", side], threads=threads)
-        found[side] = [worker.step()["loss"] for _ in range(5)]
+        found[side] = [worker.step()["loss"] for _ in range(4)]
         worker.close()
     gap = max(abs(a - b) for a, b in zip(found["ours"], found["peer"], strict=True))
     return {"losses": found, "largest_gap": gap}
