@@ -69,7 +69,9 @@ class Worker:
     def _read(self) -> dict[str, Any]:
         line = self._from.readline()
         if not line:
-            raise SystemExit(f"a worker ended with code {self.process.wait()}; see its messages above")
+            code = self.process.wait()
+            self.close()
+            raise SystemExit(f"a worker ended with code {code}; see its messages above")
         found: dict[str, Any] = json.loads(line)
         return found
 
@@ -83,6 +85,8 @@ class Worker:
         """End the process."""
         self.process.kill()
         self.process.wait()
+        self._to.close()
+        self._from.close()
 
 
 def duel(script: str, ours: Sequence[str], peer: Sequence[str], *, repeats: int, threads: int) -> dict[str, Any]:

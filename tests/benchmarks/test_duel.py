@@ -14,10 +14,9 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from duel import quiet_output, serve
 pause, room = float(sys.argv[2]), int(sys.argv[3])
-kept = []
+kept = b"x" * room
 def step(number):
     print("a library's chatter must not be taken for an answer")
-    kept.append(bytes(room))
     time.sleep(pause)
     return {"number": number}
 with quiet_output():
@@ -35,9 +34,9 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_speedup_and_memory_are_those_of_the_workers(script: str) -> None:
     from duel import duel
 
-    fast, slow = [str(HERE), "0.02", "1000"], [str(HERE), "0.10", "30000000"]
+    fast, slow = [str(HERE), "0.02", "1000"], [str(HERE), "0.10", "60000000"]
     found = duel(script, fast, slow, repeats=3, threads=1)
-    assert 2.5 < found["speedup"] < 5.5
+    assert 2.0 < found["speedup"] < 5.5
     assert found["speedup_range"][0] <= found["speedup"] <= found["speedup_range"][1]
     assert found["memory_ratio"] < 0.5
     assert found["ours"]["number"] == 3  # steps 2, 3 and 4: two were warm-up
