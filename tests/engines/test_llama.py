@@ -36,7 +36,7 @@ def run_tokens(lm: Any, tokens_BT: torch.Tensor, **how: Any) -> torch.Tensor:
 
 
 @pytest.fixture
-def own(request: pytest.FixtureRequest, tiny_lms: dict[str, Any]) -> Any:
+def own(tiny_lms: dict[str, Any]) -> Any:
     """A copy, so that an adapter does not stay on the shared model."""
     return copy.deepcopy(tiny_lms["llama"])
 
@@ -124,7 +124,7 @@ def test_int8_logits_are_near(kind: str, tiny_lms: dict[str, Any]) -> None:
 
 
 def test_int8_records_the_log_probs_of_the_model_that_drew(tiny_lms: dict[str, Any]) -> None:
-    """They equal a re-score under the rounded model, and differ from one under the exact model."""
+    """They differ from a re-score under the exact model, and do not depend on what shares the batch."""
     lm, settings = tiny_lms["llama"], SamplerSettings(max_new_tokens=10)
     table = LocalCompleter(lm, rows=8, int8=True).generate(PROMPTS, samples=4, settings=settings, seed=1, version="v")
     groups = [
@@ -139,12 +139,8 @@ def test_int8_records_the_log_probs_of_the_model_that_drew(tiny_lms: dict[str, A
         drawn[row, : len(reply.tokens)] = torch.tensor(reply.logps)
     gap = (drawn - exact.logp_BT)[kept].abs()
     assert 1e-3 < float(gap.mean()) < 0.3
-    # Forced through the same rounded steps, the first reply meets its own log-probs.
-    first = replies[0]
-    prompt = lm.encode(PROMPTS[0])
-    again = LocalCompleter(lm, rows=1, int8=True).generate(
-        PROMPTS[:1], samples=1, settings=settings, seed=1, version="v"
-    )
-    assert again[0][0].tokens == first.tokens
-    assert np.allclose(again[0][0].logps, first.logps, atol=1e-4)
-    assert len(prompt) > 0
+    # Alone in its batch the first reply is the same: one row's rounding depends on no other row.
+    alone = LocalCompleter(lm, rows=1, int8=True)
+    again = alone.generate(PROMPTS[:1], samples=1, settings=settings, seed=1, version="v")
+    assert again[0][0].tokens == replies[0].tokens
+    assert np.allclose(again[0][0].logps, replies[0].logps, atol=1e-4)

@@ -1,8 +1,8 @@
 """Temperature, top-k, top-p and the draw itself: pure functions on logits_BV with exact log-probs.
 
 A token is drawn by inverting the cumulative distribution at one uniform number per row: no noise over
-the vocabulary is needed, and a row's text depends on its own numbers only,
-not on which other rows share the batch.
+the vocabulary is needed, and a row's text depends on its own numbers only, not on which other rows
+share the batch.
 """
 
 from __future__ import annotations
