@@ -11,7 +11,6 @@ checkpointing (faster); --peer-batch is its micro-batch in pairs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -21,7 +20,7 @@ import tempfile
 import time
 from typing import Any
 
-from duel import Worker, answer, duel, peak_memory, quiet_output, serve
+from duel import Worker, answer, arguments, contest, peak_memory, quiet_output, serve, verdict
 
 RANK, ALPHA, BETA, RATE, PAIRS, STEPS = 16, 32, 0.1, 1e-4, 16, 64
 WORDS = re.findall(
@@ -195,14 +194,10 @@ def check(threads: int, peer_batch: int) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser = arguments(__doc__)
     parser.add_argument("--peer-batch", type=int, default=4, help="pairs a micro-batch on TRL's side")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         with quiet_output():
@@ -212,13 +207,7 @@ def main() -> None:
         print(json.dumps(check(given.threads, given.peer_batch), indent=1))
         return
     common = ["--dtype", given.dtype, "--peer-batch", str(given.peer_batch)]
-    found = duel(
-        __file__,
-        [*common, "--worker", "ours"],
-        [*common, "--worker", "peer"],
-        repeats=given.repeats,
-        threads=given.threads,
-    )
+    found = contest(__file__, common, given)
     for side in ("ours", "peer"):
         found[side]["pairs_per_second"] = PAIRS / found[side]["seconds"]
     if given.json:
@@ -227,10 +216,7 @@ def main() -> None:
     for side in ("ours", "peer"):
         s = found[side]
         print(f"{side:5s} {s['pairs_per_second']:6.2f} pairs/s  {s['peak_bytes'] / 1e9:5.2f} GB  {s['seconds_all']}")
-    print(
-        f"speed-up {found['speedup']:.2f} (range {found['speedup_range'][0]:.2f} to {found['speedup_range'][1]:.2f}), "
-        f"memory ratio {found['memory_ratio']:.2f}"
-    )
+    print(verdict(found))
 
 
 if __name__ == "__main__":

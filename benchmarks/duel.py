@@ -6,6 +6,7 @@ it reads. Both stay in memory, so that slow and fast minutes of a shared machine
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -89,12 +90,34 @@ class Worker:
         self._from.close()
 
 
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """The options that all duels share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    return parser
+
+
+def contest(script: str, common: Sequence[str], given: argparse.Namespace) -> dict[str, Any]:
+    """`duel` between the two workers of one script, as its options say."""
+    sides = ([*common, "--worker", side] for side in ("ours", "peer"))
+    return duel(script, *sides, repeats=given.repeats, threads=given.threads)
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """A duel's outcome in one line."""
+    low, high = found["speedup_range"]
+    return f"speed-up {found['speedup']:.2f} (range {low:.2f} to {high:.2f}), memory ratio {found['memory_ratio']:.2f}"
+
+
 def duel(script: str, ours: Sequence[str], peer: Sequence[str], *, repeats: int, threads: int) -> dict[str, Any]:
     """Steps of both sides in turn.
 
     Returns:
-        `ours` and `peer` (median, quartiles and all of the seconds a step; peak bytes), `speedup`
-        (median of the paired ratios, with quartiles) and `memory_ratio`.
+        `ours` and `peer` (median and all of the seconds a step; peak bytes), `speedup` and
+        `speedup_range` (median, least and largest of the paired ratios) and `memory_ratio`.
     """
     sides = {"ours": Worker(script, ours, threads=threads), "peer": Worker(script, peer, threads=threads)}
     taken: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}

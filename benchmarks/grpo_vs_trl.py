@@ -13,7 +13,6 @@ sides, so that the work is the same.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -24,7 +23,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from duel import answer, duel, peak_memory, quiet_output, serve
+from duel import answer, arguments, contest, peak_memory, quiet_output, serve, verdict
 
 SIZES = {"small": (4, 8, 64), "large": (16, 8, 128), "tiny": (2, 4, 16)}
 RANK, ALPHA, BETA, RATE, CLIP = 16, 32, 0.04, 1e-5, 0.2
@@ -192,28 +191,18 @@ def peer(prompts: int, samples: int, tokens: int, *, batch: int) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--peer-batch", type=int, default=8)
     parser.add_argument("--int8", action="store_true", help="sample with 8-bit weights")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     shape = SIZES[given.size]
     if given.worker:
         with quiet_output():
             ours(*shape, int8=given.int8) if given.worker == "ours" else peer(*shape, batch=given.peer_batch)
         return
-    common = ["--size", given.size, *(["--int8"] if given.int8 else [])]
-    found = duel(
-        __file__,
-        [*common, "--worker", "ours"],
-        [*common, "--worker", "peer", "--peer-batch", str(given.peer_batch)],
-        repeats=given.repeats,
-        threads=given.threads,
-    )
+    common = ["--size", given.size, "--peer-batch", str(given.peer_batch), *(["--int8"] if given.int8 else [])]
+    found = contest(__file__, common, given)
     found |= {"size": given.size, "completions": shape[0] * shape[1], "new_tokens": shape[2]}
     for side in ("ours", "peer"):
         found[side]["completions_per_second"] = found["completions"] / found[side]["seconds"]
@@ -226,10 +215,7 @@ def main() -> None:
             f"{side:5s} {s['completions_per_second']:7.2f} completions/s  {s['seconds']:7.2f} s a step  "
             f"{s['peak_bytes'] / 1e9:5.2f} GB  {[round(x, 1) for x in s['seconds_all']]}"
         )
-    print(
-        f"speed-up {found['speedup']:.2f} (range {found['speedup_range'][0]:.2f} to {found['speedup_range'][1]:.2f}), "
-        f"memory ratio {found['memory_ratio']:.2f}"
-    )
+    print(verdict(found))
 
 
 if __name__ == "__main__":

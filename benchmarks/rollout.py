@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from typing import Any
 
-from duel import duel, quiet_output, serve
+from duel import arguments, contest, quiet_output, serve
 from grpo_vs_trl import endless, questions
 
 TOKENS = 64
@@ -97,14 +96,10 @@ def limit(threads: int) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--batches", default="1,8,64,128")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--int8", action="store_true", help="ours with 8-bit weights")
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", choices=["ours", "peer"], help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         with quiet_output():
@@ -114,13 +109,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for batch in map(int, given.batches.split(",")):
         common = ["--batch", str(batch), *(["--int8"] if given.int8 else [])]
-        found = duel(
-            __file__,
-            [*common, "--worker", "ours"],
-            [*common, "--worker", "peer"],
-            repeats=given.repeats,
-            threads=given.threads,
-        )
+        found = contest(__file__, common, given)
         for side in ("ours", "peer"):
             found[side]["tokens_per_second"] = found[side]["tokens"] / found[side]["seconds"]
         found["share_of_limit"] = found["ours"]["tokens_per_second"] / most

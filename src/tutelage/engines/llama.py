@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from tutelage.engines.attention import KeyValueMemory
-from tutelage.engines.load import LanguageModel
+from tutelage.engines.load import LanguageModel, choose_dtype
 
 __all__ = ["LlamaStep", "round_to_int8"]
 
@@ -136,7 +136,7 @@ def _maker(lm: LanguageModel, rows: int, int8: bool) -> Callable[[torch.Tensor, 
     """Turns a weight into the function that multiplies by it, in the fastest form there is here."""
     if int8:
         return _int8
-    if lm.device.type == "cpu" and lm.dtype == torch.bfloat16:
+    if lm.device.type == "cpu" and lm.dtype == torch.bfloat16 == choose_dtype("auto", lm.device):
         return lambda weight, bias: _packed(weight, bias, rows)
 
     def plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:

@@ -9,6 +9,7 @@ result equals separate, padded forward passes while no shared or padding token i
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ class Group:
 class Pack:
     """One row of packed trees, in the order root, prompts, completions.
 
-    `tree` describes it for attention, `mask_TT` says the same as one mask.
+    `tree` describes it for attention.
     `source_N` is the position whose hidden state predicts `target_N`; `row_N` and `column_N` say
     where that prediction belongs in a (completions, tokens) table. `prompt_end` and `span` give, in
     the order of `groups`, the packed index of each prompt's last token, and of each completion's
@@ -41,7 +42,6 @@ class Pack:
     groups: tuple[Group, ...]
     tokens_T: torch.Tensor
     position_T: torch.Tensor
-    mask_TT: torch.Tensor
     tree: Tree
     source_N: torch.Tensor
     target_N: torch.Tensor
@@ -51,6 +51,20 @@ class Pack:
     spans: tuple[tuple[int, int], ...]
     prompt_spans: tuple[tuple[int, int], ...]
     root: int
+
+    @functools.cached_property
+    def mask_TT(self) -> torch.Tensor:
+        """What `tree` says as one mask, True where a token sees another; formed when it is first asked for."""
+        mask = torch.zeros(len(self.tokens_T), len(self.tokens_T), dtype=torch.bool)
+        mask[:, : self.root] = True
+        spans = iter(self.spans)
+        for group, (start, end) in zip(self.groups, self.prompt_spans, strict=True):
+            mask[start:end, start:end] = True
+            for _ in group.completions:
+                first, last = next(spans)
+                mask[first : last + 1, first : last + 1] = True
+                mask[first : last + 1, start:end] = True
+        return mask.tril_()
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -99,8 +113,7 @@ def _lay(groups: Sequence[Group], root: int) -> Pack:
         tokens += group.prompt[root:]
         positions += range(root, len(group.prompt))
         prompt_spans.append((start, len(tokens)))
-    # (first, last, the prompt's span) of every completion, to fill the mask.
-    leaves: list[tuple[int, int, tuple[int, int]]] = []
+    spans: list[tuple[int, int]] = []
     source: list[int] = []
     target: list[int] = []
     row: list[int] = []
@@ -110,30 +123,22 @@ def _lay(groups: Sequence[Group], root: int) -> Pack:
             first, last = len(tokens), len(tokens) + len(completion)
             tokens += completion
             positions += range(len(group.prompt), len(group.prompt) + len(completion))
-            leaves.append((first, last, prompt))
+            spans.append((first, last - 1))
             source += [prompt[1] - 1, *range(first, last - 1)] if completion else []
             target += completion
             row += [name] * len(completion)
             column += range(len(completion))
-    mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    mask[:, :root] = True
-    for start, end in prompt_spans:
-        mask[start:end, start:end] = True
-    for first, last, (start, end) in leaves:
-        mask[first:last, first:last] = True
-        mask[first:last, start:end] = True
     return Pack(
         groups=tuple(groups),
         tokens_T=torch.tensor(tokens),
         position_T=torch.tensor(positions),
-        mask_TT=mask.tril_(),
         tree=plant(root, [b - a for a, b in prompt_spans], [[len(c) for c in g.completions] for g in groups]),
         source_N=torch.tensor(source, dtype=torch.long),
         target_N=torch.tensor(target, dtype=torch.long),
         row_N=torch.tensor(row, dtype=torch.long),
         column_N=torch.tensor(column, dtype=torch.long),
         prompt_end=tuple(end - 1 for _, end in prompt_spans),
-        spans=tuple((first, last - 1) for first, last, _ in leaves),
+        spans=tuple(spans),
         prompt_spans=tuple(prompt_spans),
         root=root,
     )

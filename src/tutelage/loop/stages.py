@@ -12,7 +12,7 @@ from tutelage.feedback.panel import Findings
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.objectives.constrained import mix_advantages
 from tutelage.objectives.policy_gradient import importance
-from tutelage.policy.learner import Scores, TrainGroup
+from tutelage.policy.learner import Scores, TrainGroup, padded
 from tutelage.records import Generation, Prompt, Reward, SamplerSettings
 from tutelage.rewards.compose import compose
 from tutelage.rewards.terms import text_verdict
@@ -154,9 +154,7 @@ def _corrected(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The policy's own log-probabilities of what the rounded model drew, and importance weights for it."""
     scores = bench.scores(prompts, replies_PG)
-    drawn_BT = torch.zeros_like(scores.logp_BT)
-    for row, reply in enumerate(r for group in replies_PG for r in group):
-        drawn_BT[row, : len(reply.tokens)] = torch.tensor(reply.logps)
+    drawn_BT = padded([reply.logps for group in replies_PG for reply in group])
     weight_BT, apart = importance(scores.logp_BT, drawn_BT, scores.keep_BT, cap=bench.recipe.update.importance_cap)
     unit.metrics(number, "importance", apart)
     return scores.logp_BT, weight_BT

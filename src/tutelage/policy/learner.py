@@ -15,7 +15,7 @@ from tutelage.errors import TrainingError
 from tutelage.policy.lora import Adapter
 from tutelage.policy.vocabulary import drift, logps
 
-__all__ = ["Learner", "Scores", "TrainGroup", "score"]
+__all__ = ["Learner", "Scores", "TrainGroup", "padded", "score"]
 
 
 def _hidden(lm: LanguageModel, part: Pack, plan: AttentionPlan) -> torch.Tensor:
@@ -223,16 +223,17 @@ def _numbered(groups: Sequence[TrainGroup]) -> list[Group]:
     return named
 
 
+def padded(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    """(rows, longest) float32 table, zero beyond a row's end."""
+    width = max(map(len, rows))
+    return torch.tensor([[*r, *([0.0] * (width - len(r)))] for r in rows], dtype=torch.float32)
+
+
 def _tables(groups: Sequence[TrainGroup]) -> dict[str, torch.Tensor]:
-    width = max(len(c) for g in groups for c in g.completions)
-
-    def table(rows: list[tuple[float, ...]]) -> torch.Tensor:
-        return torch.tensor([[*r, *([0.0] * (width - len(r)))] for r in rows], dtype=torch.float32)
-
     return {
-        "keep": table([(1.0,) * len(c) for g in groups for c in g.completions]),
-        "advantage": table([r for g in groups for r in g.advantage]),
-        "old": table([r for g in groups for r in g.old_logp]),
-        "ref": table([r for g in groups for r in g.ref_logp]),
-        "anchor": table([r for g in groups for r in g.anchor or [(0.0,) * len(c) for c in g.completions]]),
+        "keep": padded([(1.0,) * len(c) for g in groups for c in g.completions]),
+        "advantage": padded([r for g in groups for r in g.advantage]),
+        "old": padded([r for g in groups for r in g.old_logp]),
+        "ref": padded([r for g in groups for r in g.ref_logp]),
+        "anchor": padded([r for g in groups for r in g.anchor or [(0.0,) * len(c) for c in g.completions]]),
     }

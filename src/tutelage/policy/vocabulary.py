@@ -35,12 +35,12 @@ def _by_chunk(
     hidden_ND: torch.Tensor,
     head_VD: torch.Tensor,
     starts: Sequence[torch.Tensor],
-    one: Callable[[slice, Sequence[torch.Tensor]], torch.Tensor],
+    one: Callable[[slice, Sequence[torch.Tensor], bool], torch.Tensor],
 ) -> torch.Tensor:
     """Values of all rows, with their gradient for `hidden_ND` where one is wanted.
 
     `one` gets a slice of rows and their logits, first those of `hidden_ND`, then those of `starts`. It
-    gives the rows' values and overwrites the first logits with the values' gradient for them.
+    gives the rows' values and, where asked, overwrites the first logits with the values' gradient for them.
     """
     wanted = hidden_ND.requires_grad and torch.is_grad_enabled()
     value_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
@@ -56,9 +56,8 @@ def _by_chunk(
             ]
             for low in range(0, len(logits[0]), _ROWS):
                 few = [table[low : low + _ROWS] for table in logits]
-                value_N[start + low : start + low + len(few[0])] = one(
-                    slice(start + low, start + low + len(few[0])), few
-                )
+                here = slice(start + low, start + low + len(few[0]))
+                value_N[here] = one(here, few, wanted)
             if slope_ND is not None:
                 torch.mm(logits[0], head_VD, out=slope_ND[part])
     if slope_ND is None:
@@ -70,15 +69,15 @@ def _by_chunk(
 def logps(hidden_ND: torch.Tensor, head_VD: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
     """Log-probability of each target in nats: log softmax(h W^T)[target], (N,) float32."""
 
-    def one(rows: slice, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    def one(rows: slice, logits: Sequence[torch.Tensor], sloped: bool) -> torch.Tensor:
         (now_NV,) = logits
         target_N1 = target_N[rows, None]
         top_N1 = now_NV.amax(-1, keepdim=True).float()
         aim_N1 = now_NV.gather(-1, target_N1).float() - top_N1
         mass_NV = (now_NV - top_N1).exp_()
         total_N1 = mass_NV.sum(-1, keepdim=True)
-        # The gradient for the logits is one at the target, minus their softmax.
-        now_NV.copy_(mass_NV.mul_(-1.0 / total_N1).scatter_add_(-1, target_N1, torch.ones_like(total_N1)))
+        if sloped:  # the gradient for the logits is one at the target, minus their softmax
+            now_NV.copy_(mass_NV.mul_(-1.0 / total_N1).scatter_add_(-1, target_N1, torch.ones_like(total_N1)))
         return (aim_N1 - total_N1.log())[:, 0]
 
     return _by_chunk(hidden_ND, head_VD, (), one)
@@ -91,12 +90,12 @@ def drift(hidden_ND: torch.Tensor, head_VD: torch.Tensor, start_ND: torch.Tensor
     are the start model's hidden states at the same places; they get no gradient.
     """
 
-    def one(_: slice, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    def one(_: slice, logits: Sequence[torch.Tensor], sloped: bool) -> torch.Tensor:
         now_NV, then_NV = (x.float().log_softmax(-1) for x in logits)
         share_NV = then_NV.exp()
         value_N = (share_NV * then_NV.sub_(now_NV)).sum(-1)
-        # The gradient for the logits is softmax(now) - softmax(start).
-        logits[0].copy_(now_NV.exp_().sub_(share_NV))
+        if sloped:  # the gradient for the logits is softmax(now) - softmax(start)
+            logits[0].copy_(now_NV.exp_().sub_(share_NV))
         return value_N
 
     return _by_chunk(hidden_ND, head_VD, (start_ND,), one)
