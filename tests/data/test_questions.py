@@ -14,6 +14,8 @@ from itertools import combinations
 import pytest
 
 from tutelage.config import Recipe, data_file
+from tutelage.engines import weights
+from tutelage.engines.encoder import Encoder
 from tutelage.loop.outcomes import says
 from tutelage.records import SuiteItem
 from tutelage.store.prompts import read_prompts, read_suite
@@ -173,3 +175,15 @@ def test_no_invented_name_in_two_files(one: str, other: str, suites: dict[str, l
 def test_few_held_out_questions_open_like_a_training_question(texts: dict[str, list[str]]) -> None:
     shared = shared_openings(texts["heldout"], texts["train"])
     assert len(shared) <= SHARED_OPENINGS * len(texts["heldout"]), shared
+
+
+def test_no_labelled_question_says_what_a_suite_asks(
+    suites: dict[str, list[SuiteItem]], texts: dict[str, list[str]]
+) -> None:
+    """The critic may know topics, but no suite's question in other words."""
+    if not weights.have(weights.EMBEDDED_ENCODER):
+        pytest.skip("needs the embedded encoder: run `tutelage fetch`")
+    encoder = Encoder()
+    asked = [item.prompt.text for name in ("gate", "heldout") for item in suites[name]]
+    near_S = (encoder.embed(asked) @ encoder.embed(texts["critic"]).T).amax(1)
+    assert [q for q, near in zip(asked, near_S.tolist(), strict=True) if near > 0.9] == []

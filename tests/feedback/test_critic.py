@@ -1,4 +1,4 @@
-"""The critic's heads against scikit-learn, its quality figures by hand, and its files."""
+"""The critic's labelled texts, its files and its directions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from tutelage.config import data_file
 from tutelage.errors import InputError, ModelError
 from tutelage.feedback import critic as module
-from tutelage.feedback.critic import ACTS, KINDS, Critic, Head, LabelledText, read_labelled
+from tutelage.feedback.critic import ACTS, KINDS, Critic, LabelledText, read_labelled
+from tutelage.feedback.heads import Committee, Head
 
 
 def clouds(count: int, *, labels: int, features: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,55 +23,6 @@ def clouds(count: int, *, labels: int, features: int = 6, seed: int = 0) -> tupl
     y = np.arange(count) % labels
     x = random.normal(size=(count, features)) + 2 * random.normal(size=(labels, features))[y]
     return x * np.logspace(-1.5, 1.5, features) + 5.0, y
-
-
-@pytest.mark.parametrize("labels", [2, 3])
-def test_a_head_predicts_what_scikit_learn_does(labels: int) -> None:
-    x, y = clouds(90, labels=labels)
-    head = Head.fit(x, y, labels, 0.5)
-    fresh, _ = clouds(40, labels=labels, seed=1)
-    scaled = [(part - x.mean(0)) / (x.std(0) + 1e-6) for part in (x, fresh)]
-    model = LogisticRegression(C=0.5, max_iter=1000).fit(scaled[0], y)
-    assert np.allclose(head.predict(fresh), model.predict_proba(scaled[1]), atol=1e-8)
-    assert np.allclose(head.predict(fresh).sum(1), 1.0)
-    assert (head.predict(x).argmax(1) == y).mean() > 0.7
-
-
-def test_a_label_that_never_occurs_gets_no_probability() -> None:
-    x, y = clouds(60, labels=2)
-    got = Head.fit(x, np.where(y == 1, 2, 0), 3, 0.5).predict(x)
-    assert got[:, 1].max() < 1e-6
-    assert (got.argmax(1) == np.where(y == 1, 2, 0)).mean() > 0.7
-
-
-def test_a_constant_feature_harms_nothing() -> None:
-    x, y = clouds(60, labels=3)
-    with_constant = np.concatenate([x, np.full((60, 1), 7.0)], 1)
-    assert np.isfinite(Head.fit(with_constant, y, 3, 0.5).predict(with_constant)).all()
-
-
-def test_extreme_features_do_not_overflow() -> None:
-    x, y = clouds(60, labels=3)
-    got = Head.fit(x, y, 3, 0.5).predict(x * 1e6)
-    assert np.isfinite(got).all()
-    assert np.allclose(got.sum(1), 1.0)
-
-
-def test_quality_by_hand() -> None:
-    """Four questions with the top label right, right, wrong, wrong.
-
-    Accuracy 2/4. Brier: (0.1^2 + 0.1^2) + (0.4^2 + 0.3^2 + 0.1^2) + (0.9^2 + 0.9^2) + (0.6^2 + 0.6^2)
-    = 0.02 + 0.26 + 1.62 + 0.72 = 2.62, over four 0.655. Calibration: the two sure at 0.9 are right
-    half the time, |0.5 - 0.9| * 2/4; the two at 0.6 too, |0.5 - 0.6| * 2/4; together 0.25.
-    """
-    p = np.array([[0.9, 0.1, 0.0], [0.6, 0.3, 0.1], [0.9, 0.1, 0.0], [0.4, 0.6, 0.0]])
-    got = module._quality(p, np.array([0, 0, 1, 0]))
-    assert got == pytest.approx({"accuracy": 0.5, "brier": 0.655, "ece": 0.25})
-
-
-def test_certainty_has_a_bin_too() -> None:
-    got = module._quality(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([0, 1]))
-    assert got == pytest.approx({"accuracy": 0.5, "brier": 1.0, "ece": 0.5})
 
 
 # ---- labelled texts --------------------------------------------------------------------------
@@ -144,8 +95,8 @@ def test_the_built_in_labels_are_whole_and_unique(name: str, labels: tuple[str, 
 
 
 def critic() -> Critic:
-    heads = [Head.fit(*clouds(60, labels=3, seed=s), 3, 0.5) for s in range(len(module.PROBES))]
-    return Critic(heads, Head.fit(*clouds(60, labels=3, seed=9), 3, 0.5), {"need_accuracy": 0.75}, "v1")
+    committee, _ = Committee.fit(*clouds(60, labels=3), 3)
+    return Critic(committee, Head.fit(*clouds(60, labels=3, seed=9), 3, 0.5), {"need_accuracy": 0.75}, "v1")
 
 
 def test_a_saved_critic_predicts_the_same(tmp_path: Path) -> None:
@@ -153,8 +104,8 @@ def test_a_saved_critic_predicts_the_same(tmp_path: Path) -> None:
     before.save(tmp_path / "critic.safetensors")
     after = Critic.load(tmp_path / "critic.safetensors")
     x, _ = clouds(20, labels=3, seed=4)
-    pairs = zip([*before.need_heads, before.act_head], [*after.need_heads, after.act_head], strict=True)
-    assert all(np.array_equal(a.predict(x), b.predict(x)) for a, b in pairs)
+    assert np.array_equal(before.needs_head.votes(x), after.needs_head.votes(x))
+    assert np.array_equal(before.act_head.predict(x), after.act_head.predict(x))
     assert (after.quality, after.version) == (before.quality, before.version)
 
 

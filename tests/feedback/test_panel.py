@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from tests.tiny_world import ACTS, DATA, KINDS, some
 
 from tutelage.config import Feedback
@@ -39,7 +40,7 @@ def critic(encoder: Any, tiny_lm: Any) -> Critic:
         for name, labels in (("honesty-questions.jsonl", KINDS), ("honesty-replies.jsonl", ACTS))
     ]
     reading = read_questions(tiny_lm, [q.text for q in texts[0]])
-    return Critic.train(reading, encoder, texts[0], texts[1], version="v1")
+    return Critic.train(reading.probes, encoder, texts[0], texts[1], version="v1")
 
 
 def prompts(count: int = 3) -> list[Prompt]:
@@ -162,11 +163,12 @@ def test_a_meaning_does_not_depend_on_what_is_embedded_with_it(tiny_home: Any) -
     """As above, for replies."""
     from tutelage.engines.encoder import Encoder
 
-    texts = [f"The answer number {n} is " + "very " * n + "long." for n in range(12)]
-    together, apart = Encoder(), Encoder()
+    texts = [f"The answer number {n} is " + "very " * (n // 6) + "long." for n in range(30)]
+    together, apart, turned = Encoder(), Encoder(), Encoder()
     rows = together.embed(texts)
+    assert torch.equal(turned.embed(texts[::-1]).flip(0), rows)
     for n, text in enumerate(texts):
-        assert bool((apart.embed([text])[0] == rows[n]).all()), n
+        assert torch.equal(apart.embed([text])[0], rows[n]), n
 
 
 def test_fit_by_hand() -> None:

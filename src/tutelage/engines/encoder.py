@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from tutelage.engines import weights
 from tutelage.errors import ModelError
 
 __all__ = ["Encoder"]
+
+# Always as many rows of the same length, so that every product has the same shape and a text's last
+# bits do not depend on its company: a resumed run, whose batches differ, still ends bit-equal.
+_ROWS = 8
 
 
 class Encoder:
@@ -47,12 +52,20 @@ class Encoder:
 
         A text of control characters or nothing still gets a row.
         """
-        # One by one: in a batch the last bits would depend on the company, and a resumed run, whose
-        # batches differ, would not end bit-equal. The model is small; the cost is a few milliseconds.
-        for text in dict.fromkeys(t for t in texts if t not in self._known):
-            tokens = self._tokenizer([text], truncation=True, max_length=128, return_tensors="pt")
-            states = self._model(**tokens).last_hidden_state
-            self._known[text] = F.normalize(states.mean(1), dim=-1)[0]
+        fresh = list(dict.fromkeys(t for t in texts if t not in self._known))
+        if fresh:
+            tokens = self._tokenizer(fresh, truncation=True, max_length=128)["input_ids"]
+            by_length: dict[int, list[int]] = defaultdict(list)
+            for index, row in enumerate(tokens):
+                by_length[len(row)].append(index)
+            for same in by_length.values():
+                for start in range(0, len(same), _ROWS):
+                    part = same[start : start + _ROWS]
+                    filler = [tokens[part[0]]] * (_ROWS - len(part))
+                    table = torch.tensor([*(tokens[i] for i in part), *filler])
+                    states = self._model(input_ids=table, attention_mask=None).last_hidden_state
+                    rows = F.normalize(states.mean(1), dim=-1)
+                    self._known |= {fresh[i]: row.clone() for i, row in zip(part, rows, strict=False)}
         return (
             torch.stack([self._known[t] for t in texts])
             if texts

@@ -1,8 +1,9 @@
 """A critic from labelled data: small heads on frozen features.
 
 Two questions are answered apart, because their product explains itself: what does this *question*
-call for (an answer, an abstention, a question back), and what does this *reply* do. Heads are
-logistic regressions of scikit-learn; an ensemble over depths of the trunk gives an uncertainty.
+call for (an answer, an abstention, a question back), and what does this *reply* do. Questions are
+read at several depths of the trunk and judged by a committee of small networks, whose disagreement
+gives an uncertainty; replies by a logistic regression.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from threadpoolctl import threadpool_limits
 
@@ -25,19 +25,18 @@ from tutelage.engines.encoder import Encoder
 from tutelage.engines.features import Probe, Reading, read_trunk
 from tutelage.engines.load import LanguageModel
 from tutelage.errors import InputError, ModelError
+from tutelage.feedback.heads import Committee, Head, quality, regression
 from tutelage.records import Message, Prompt
 
-__all__ = ["ACTS", "KINDS", "Critic", "Head", "LabelledText", "directions", "read_labelled", "read_questions"]
+__all__ = ["ACTS", "KINDS", "Critic", "LabelledText", "directions", "read_labelled", "read_questions"]
 
 KINDS = ("answerable", "unanswerable", "ambiguous")
 ACTS = ("answers", "abstains", "asks_back")
 
-# Where the heads read, as shares of the depth, and how freely each may fit (scikit-learn's C): many
-# weak readers are surer together than a few (docs/log.md).
+# Where the committee reads, as shares of the depth (docs/log.md).
 PROBES = tuple(
-    [Probe(layer / 30, "mean") for layer in range(11, 24, 2)] + [Probe(layer / 30, "last") for layer in range(13, 20)]
+    [Probe(layer / 30, "mean") for layer in (13, 16, 19, 22)] + [Probe(layer / 30, "last") for layer in (16, 19)]
 )
-_STRENGTH = {"mean": 0.006, "last": 0.02}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,35 +77,6 @@ def read_labelled(path: Path, labels: Sequence[str]) -> list[LabelledText]:
     if missing:
         raise InputError(f"{path} has fewer than 5 texts labelled {', '.join(missing)}", expected="5 of each label")
     return rows
-
-
-@dataclasses.dataclass
-class Head:
-    """Multinomial logistic regression on standardised features: probability of each label."""
-
-    weight_LF: np.ndarray
-    bias_L: np.ndarray
-    mean_F: np.ndarray
-    scale_F: np.ndarray
-
-    @classmethod
-    def fit(cls, features_NF: np.ndarray, labels_N: np.ndarray, count: int, strength: float) -> Head:
-        """Fit on integer labels 0..count-1; `strength` is scikit-learn's C."""
-        mean, scale = features_NF.mean(0), features_NF.std(0) + 1e-6
-        model = _regression(strength)
-        model.fit((features_NF - mean) / scale, labels_N)
-        weight = np.zeros((count, features_NF.shape[1]))
-        bias = np.full(count, -30.0)
-        weight[model.classes_], bias[model.classes_] = _full(model)
-        return cls(weight, bias, mean, scale)
-
-    def predict(self, features_NF: np.ndarray) -> np.ndarray:
-        """(rows, labels) probabilities."""
-        logits = ((features_NF - self.mean_F) / self.scale_F) @ self.weight_LF.T + self.bias_L
-        logits -= logits.max(1, keepdims=True)
-        odds = np.exp(logits)
-        result: np.ndarray = odds / odds.sum(1, keepdims=True)
-        return result
 
 
 def directions(
@@ -158,18 +128,6 @@ def directions(
     return found
 
 
-def _regression(strength: float) -> LogisticRegression:
-    return LogisticRegression(C=strength, max_iter=1000)
-
-
-def _full(model: LogisticRegression) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients a class; scikit-learn keeps one row for two classes."""
-    if len(model.classes_) == 2:
-        half = model.coef_ / 2
-        return np.concatenate([-half, half]), np.concatenate([-model.intercept_ / 2, model.intercept_ / 2])
-    return model.coef_, model.intercept_
-
-
 _HASHER = HashingVectorizer(
     n_features=4096,
     ngram_range=(1, 2),
@@ -183,20 +141,20 @@ class Critic:
     """What a question calls for, and what a reply does.
 
     Args:
-        need_heads: One head a probe of the trunk.
+        needs_head: Committee on the probes of the trunk, side by side.
         act_head: Head on the reply's embedding and hashed word pairs.
-        quality: Cross-validated accuracy, Brier score and calibration error of both.
+        quality: Accuracy, Brier score and calibration error of both, on rows that were not learned from.
         version: Names the labelled data and the model the features come from.
     """
 
-    def __init__(self, need_heads: list[Head], act_head: Head, quality: dict[str, float], version: str) -> None:
-        self.need_heads, self.act_head = need_heads, act_head
+    def __init__(self, needs_head: Committee, act_head: Head, quality: dict[str, float], version: str) -> None:
+        self.needs_head, self.act_head = needs_head, act_head
         self.quality, self.version = quality, version
 
     @classmethod
     def train(
         cls,
-        reading: Reading,
+        probes: Sequence[torch.Tensor],
         encoder: Encoder,
         questions: Sequence[LabelledText],
         replies: Sequence[LabelledText],
@@ -204,37 +162,24 @@ class Critic:
         version: str,
     ) -> Critic:
         """Fit the heads on what the trunk read in the labelled questions (see `read_questions`)."""
-        # One thread: the problems are so small that threads cost fifty times what they bring.
+        kinds = np.array([KINDS.index(q.label) for q in questions])
+        needs_head, need_cv = Committee.fit(_side_by_side(probes), kinds, len(KINDS))
+        act_features = _reply_features(encoder, [r.text for r in replies])
+        acts = np.array([ACTS.index(r.label) for r in replies])
+        # One thread: the problem is so small that threads cost fifty times what they bring.
         with threadpool_limits(1):
-            features = [x.numpy().astype(np.float64) for x in reading.probes]
-            kinds = np.array([KINDS.index(q.label) for q in questions])
-            strengths = [_STRENGTH[p.pool] for p in PROBES]
+            # Hashed counts are sparse and already of unit length.
+            act_head = Head.fit(act_features, acts, len(ACTS), _ACT_STRENGTH, standardise=False)
             folds = StratifiedKFold(5, shuffle=True, random_state=0)
-            need_cv = np.zeros((len(kinds), len(KINDS)))
-            heads = []
-            for part, strength in zip(features, strengths, strict=True):
-                heads.append(Head.fit(part, kinds, len(KINDS), strength))
-                scaled = (part - part.mean(0)) / (part.std(0) + 1e-6)
-                model = _regression(strength)
-                need_cv += cross_val_predict(model, scaled, kinds, cv=folds, method="predict_proba") / len(features)
-            act_features = _reply_features(encoder, [r.text for r in replies])
-            acts = np.array([ACTS.index(r.label) for r in replies])
-            act_head = _fit_acts(act_features, acts)
-            act_cv = cross_val_predict(
-                _regression(_ACT_STRENGTH),
-                act_features,
-                acts,
-                cv=folds,
-                method="predict_proba",
-            )
-            quality = {f"need_{k}": v for k, v in _quality(need_cv, kinds).items()}
-            quality |= {f"act_{k}": v for k, v in _quality(act_cv, acts).items()}
-            return cls(heads, act_head, quality, version)
+            model = regression(_ACT_STRENGTH)
+            act_cv = cross_val_predict(model, act_features, acts, cv=folds, method="predict_proba")
+        measured = {f"need_{k}": v for k, v in quality(need_cv, kinds).items()}
+        measured |= {f"act_{k}": v for k, v in quality(act_cv, acts).items()}
+        return cls(needs_head, act_head, measured, version)
 
     def needs(self, lm: LanguageModel, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """((questions, kinds) probabilities, (questions,) spread over the ensemble)."""
-        parts = read_questions(lm, questions).probes
-        votes = np.stack([h.predict(x.double().numpy()) for h, x in zip(self.need_heads, parts, strict=True)])
+        """((questions, kinds) probabilities, (questions,) spread over the committee)."""
+        votes = self.needs_head.votes(_side_by_side(read_questions(lm, questions).probes))
         mean = votes.mean(0)
         return mean, votes.std(0)[np.arange(len(mean)), mean.argmax(1)]
 
@@ -244,14 +189,8 @@ class Critic:
 
     def save(self, path: Path) -> None:
         """Write all heads as one safetensors file."""
-        tensors = {
-            f"{name}.{field}": np.ascontiguousarray(getattr(head, field))
-            for name, head in [
-                *((f"need{i}", h) for i, h in enumerate(self.need_heads)),
-                ("act", self.act_head),
-            ]
-            for field in ("weight_LF", "bias_L", "mean_F", "scale_F")
-        }
+        tensors = {f"needs.{name}": tensor for name, tensor in self.needs_head.tensors().items()}
+        tensors |= {f"act.{f}": np.ascontiguousarray(getattr(self.act_head, f)) for f in _HEAD_FIELDS}
         save_file(tensors, path, metadata={"quality": json.dumps(self.quality), "version": self.version})
 
     @classmethod
@@ -267,23 +206,20 @@ class Critic:
             tensors = load_file(path)
             with safe_open(path, framework="numpy") as file:
                 meta = file.metadata()
-            fields = ("weight_LF", "bias_L", "mean_F", "scale_F")
-            heads = [Head(*(tensors[f"need{i}.{f}"] for f in fields)) for i in range(len(PROBES))]
-            act = Head(*(tensors[f"act.{f}"] for f in fields))
-            return cls(heads, act, json.loads(meta["quality"]), meta["version"])
+            needs = {name.removeprefix("needs."): tensor for name, tensor in tensors.items()}
+            act = Head(*(tensors[f"act.{f}"] for f in _HEAD_FIELDS))
+            return cls(Committee.of(needs), act, json.loads(meta["quality"]), meta["version"])
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise ModelError(f"{path} holds no critic ({error})", expected="a file written by Critic.save") from error
 
 
 _ACT_STRENGTH = 3.0
+_HEAD_FIELDS = tuple(f.name for f in dataclasses.fields(Head))
 
 
-def _fit_acts(features_NF: np.ndarray, labels_N: np.ndarray) -> Head:
-    """As `Head.fit`, but without standardising: hashed counts are sparse and already of unit length."""
-    model = _regression(_ACT_STRENGTH).fit(features_NF, labels_N)
-    weight, bias = _full(model)
-    size = features_NF.shape[1]
-    return Head(weight, bias, np.zeros(size), np.ones(size))
+def _side_by_side(probes: Sequence[torch.Tensor]) -> np.ndarray:
+    """All that was read of a question in one row."""
+    return np.concatenate([p.numpy().astype(np.float32) for p in probes], axis=1)
 
 
 def read_questions(
@@ -303,23 +239,3 @@ def _reply_features(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
     meaning = encoder.embed(texts).numpy().astype(np.float64) * 2.0
     words = _HASHER.transform([t.lower() for t in texts]).toarray()
     return np.concatenate([meaning, words], axis=1)
-
-
-def _quality(probability_NL: np.ndarray, labels_N: np.ndarray, bins: int = 10) -> dict[str, float]:
-    """Accuracy, Brier score (sum over labels) and expected calibration error of the top label."""
-    rows = np.arange(len(labels_N))
-    truth = np.zeros_like(probability_NL)
-    truth[rows, labels_N] = 1.0
-    top, sure = probability_NL.argmax(1), probability_NL.max(1)
-    right = (top == labels_N).astype(float)
-    place = np.minimum((sure * bins).astype(int), bins - 1)
-    error = sum(
-        abs(right[place == b].mean() - sure[place == b].mean()) * (place == b).mean()
-        for b in range(bins)
-        if (place == b).any()
-    )
-    return {
-        "accuracy": float(right.mean()),
-        "brier": float(((probability_NL - truth) ** 2).sum(1).mean()),
-        "ece": float(error),
-    }
