@@ -84,6 +84,12 @@ class Sampling(_Section):
     max_new_tokens: Count = Field(24, description="longest reply, in tokens")
     rows: Count = Field(64, description="decoding batch")
     int8: bool = Field(False, description="draw rollouts with weights rounded to 8 bits (Llama family)")
+    server: str = Field("", description="URL of a vLLM server that draws the rollouts; empty: this process")
+
+    @property
+    def exact(self) -> bool:
+        """Whether rollouts are drawn by the very model that learns."""
+        return not self.int8 and not self.server
 
 
 class Feedback(_Section):
@@ -115,8 +121,8 @@ class Constraint(_Section):
 
     enabled: bool = Field(True, description="off is the ablation")
     limit: Fraction = Field(0.1, description="tolerated share of withheld answers where an answer is due")
-    kp: float = Field(7.0, ge=0.0, description="proportional gain")
-    ki: float = Field(3.5, ge=0.0, description="integral gain")
+    kp: float = Field(20.0, ge=0.0, description="proportional gain")
+    ki: float = Field(10.0, ge=0.0, description="integral gain")
     kd: float = Field(1.0, ge=0.0, description="derivative gain")
     maximum: Positive = Field(5.0, description="largest multiplier")
 
@@ -163,7 +169,7 @@ class Update(_Section):
     learning_rate: Positive = Field(1.5e-4, description="constant")
     clip: Positive = Field(0.2, description="epsilon of the ratio clip")
     kl: float = Field(0.05, ge=0.0, description="weight of the KL term to the start model")
-    importance_cap: Positive = Field(2.0, description="largest importance weight, with sampling.int8")
+    importance_cap: Positive = Field(2.0, description="largest importance weight, with sampling.int8 or server")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
     token_budget: Count = Field(2048, description="tokens a packed micro-batch holds; bounds memory")
 
@@ -209,6 +215,10 @@ class Recipe(_Section):
             raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
         if self.update.rounds and not any(self.rewards.model_dump().values()):
             raise ValueError("all weights in [rewards] are 0: the rounds would have nothing to learn from")
+        if self.sampling.server and self.sampling.int8:
+            raise ValueError("sampling.int8 and sampling.server exclude each other: a server has its own precision")
+        if self.sampling.server and self.sampling.temperature != 1.0:
+            raise ValueError("sampling.server needs sampling.temperature = 1: servers report log-probs at 1")
         if not self.feedback.judges:
             raise ValueError("feedback.judges is empty: without a verdict nothing can be learned")
         return self

@@ -188,8 +188,9 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "limits.memory_gb": ("0.001", (), "forecast"),
 }  # fmt: skip
 # Shown elsewhere: a GPU in tests/test_cli.py, the hub in tests/engines/test_load.py, the anchor in
-# tests/loop/test_supervised.py (a random model has no answer that is worth keeping).
-ELSEWHERE = {"model.device", "model.hub", "supervised.anchor"}
+# tests/loop/test_supervised.py (a random model has no answer that is worth keeping), a server in
+# tests/engines/test_http.py.
+ELSEWHERE = {"model.device", "model.hub", "sampling.server", "supervised.anchor"}
 
 
 def test_the_table_names_every_key() -> None:

@@ -88,20 +88,23 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
     lm = load_model(m.name, device=m.device, dtype=m.dtype, hub=m.hub)
     encoder = Encoder(recipe.feedback.encoder)
     progress.advance()
+    fingerprint = lm.fingerprint  # of the model alone: an adapter's start depends on the seed
     adapter = adapter_of(recipe, lm, seed=derive_seed(recipe.seed, "adapter"))
-    critic = _critic(recipe, lm, adapter, encoder, progress)
+    critic = _critic(recipe, lm, fingerprint, adapter, encoder, progress)
     panel = Panel(recipe.feedback, constitution, encoder, critic)
     return Workbench(run, lm, adapter, panel, progress)
 
 
-def _critic(recipe: Recipe, lm: LanguageModel, adapter: Adapter, encoder: Encoder, progress: Progress) -> Critic | None:
+def _critic(
+    recipe: Recipe, lm: LanguageModel, fingerprint: str, adapter: Adapter, encoder: Encoder, progress: Progress
+) -> Critic | None:
     """Train the critic, or take it from the cache, and let the adapter look where it looks."""
     questions, replies = labelled(recipe)
     if not questions:
         return None
     texts = [[r.text, r.label] for r in (*questions, *replies)]
     version = content_hash(
-        [lm.fingerprint, str(lm.dtype), sorted(adapter.layers), texts, __version__, _CRITIC_REVISION]
+        [fingerprint, str(lm.dtype), sorted(adapter.layers), texts, __version__, _CRITIC_REVISION]
     )
     home = cache_dir() / "critics" / version
     if not (home / "ready").is_file():
@@ -111,12 +114,14 @@ def _critic(recipe: Recipe, lm: LanguageModel, adapter: Adapter, encoder: Encode
         with adapter.off():
             reading = read_questions(lm, [q.text for q in aiming], watch=adapter.layers)
             rest = read_questions(lm, [q.text for q in others]).probes if others else [p[:0] for p in reading.probes]
+        kinds = np.array([KINDS.index(q.label) for q in aiming])
+        aims = {path: rows.clone() for path, rows in directions(reading.inputs, kinds).items()}
+        reading.inputs.clear()
         probes = [torch.cat(pair) for pair in zip(reading.probes, rest, strict=True)]
         critic = Critic.train(probes, encoder, [*aiming, *others], replies, version=version)
-        kinds = np.array([KINDS.index(q.label) for q in aiming])
         home.mkdir(parents=True, exist_ok=True)
         critic.save(home / "critic.safetensors")
-        save_file({k: v.clone() for k, v in directions(reading.inputs, kinds).items()}, home / "aim.safetensors")
+        save_file(aims, home / "aim.safetensors")
         (home / "ready").touch()
         progress.advance(len(questions))
     if recipe.lora.start == "critic":

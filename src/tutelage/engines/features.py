@@ -65,7 +65,8 @@ def read_trunk(
     handles = [_watch(layer, index, caught, deepest) for index, layer in _layers(lm) if index in set(wanted)]
     handles += [module.register_forward_pre_hook(_keep_input(path, seen)) for path, module in (watch or {}).items()]
     rows: list[list[torch.Tensor]] = [[] for _ in probes]
-    inputs: dict[tuple[str, bool], list[torch.Tensor]] = {}
+    inputs: dict[tuple[str, bool], torch.Tensor] = {}
+    done = 0
     sources: dict[str, tuple[str, bool]] = {}
     try:
         for part in pack([Group(p, (), ()) for p in prompts], budget=budget):
@@ -75,15 +76,18 @@ def read_trunk(
             sources = sources or {path: (first, path in pooled) for path, first in _twins(seen).items()}
             for path, mean in set(sources.values()):
                 states = seen[path].reshape(-1, seen[path].shape[-1])
-                inputs.setdefault((path, mean), []).append(_pool(lm, part, states, mean=mean).float().cpu())
+                pooled_PF = _pool(lm, part, states, mean=mean)
+                # One table from the start: joining parts at the end would hold everything twice.
+                table = inputs.setdefault((path, mean), torch.empty(len(prompts), pooled_PF.shape[1]))
+                table[done : done + len(pooled_PF)] = pooled_PF
+            done += len(part.groups)
             seen.clear()
             for n, (probe, index) in enumerate(zip(probes, wanted, strict=True)):
                 rows[n].append(_pool(lm, part, caught[index], mean=probe.pool == "mean"))
     finally:
         for handle in handles:
             handle.remove()
-    whole = {source: torch.cat(parts) for source, parts in inputs.items()}
-    return Reading([torch.cat(r).float().cpu() for r in rows], {path: whole[one] for path, one in sources.items()})
+    return Reading([torch.cat(r).float().cpu() for r in rows], {path: inputs[one] for path, one in sources.items()})
 
 
 def _pool(lm: LanguageModel, part: Pack, states_TD: torch.Tensor, *, mean: bool) -> torch.Tensor:

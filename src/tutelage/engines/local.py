@@ -21,7 +21,7 @@ from tutelage.engines.sampling import draw
 from tutelage.errors import InputError, ModelError
 from tutelage.records import Generation, Prompt, SamplerSettings, content_hash
 
-__all__ = ["LocalCompleter"]
+__all__ = ["LocalCompleter", "reply_of"]
 
 
 @dataclasses.dataclass
@@ -131,21 +131,18 @@ class LocalCompleter:
         for job in jobs:
             prompt = prompts[job.prompt]
             lead = openings[job.prompt]
-            text = self.lm.decode(job.tokens)
             table[job.prompt].append(
-                Generation(
-                    id=content_hash(
-                        [version, seed, prompt.id, prompt.hash, lead, job.sample, dataclasses.astuple(job.settings)]
-                    ),
-                    prompt_id=prompt.id,
-                    sample=job.sample,
-                    text=f"{lead} {text}".strip() if lead else text,
-                    tokens=tuple(job.tokens),
-                    logps=tuple(job.logps),
+                reply_of(
+                    self.lm,
+                    prompt,
+                    job.sample,
+                    job.tokens,
+                    job.logps,
                     finished=job.finished,
                     settings=job.settings,
-                    policy_version=version,
                     seed=seed,
+                    version=version,
+                    lead=lead,
                 )
             )
         return table
@@ -200,6 +197,35 @@ class LocalCompleter:
             }
             prefixes.append(_Prefix(fresh.root + end - start, layers, row, samples))
         return prefixes
+
+
+def reply_of(
+    lm: LanguageModel,
+    prompt: Prompt,
+    sample: int,
+    tokens: Sequence[int],
+    logps: Sequence[float],
+    *,
+    finished: bool,
+    settings: SamplerSettings,
+    seed: int,
+    version: str,
+    lead: str = "",
+) -> Generation:
+    """The record of a reply that was drawn; its id says what decided it."""
+    text = lm.decode(list(tokens))
+    return Generation(
+        id=content_hash([version, seed, prompt.id, prompt.hash, lead, sample, dataclasses.astuple(settings)]),
+        prompt_id=prompt.id,
+        sample=sample,
+        text=f"{lead} {text}".strip() if lead else text,
+        tokens=tuple(tokens),
+        logps=tuple(logps),
+        finished=finished,
+        settings=settings,
+        policy_version=version,
+        seed=seed,
+    )
 
 
 def _uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:

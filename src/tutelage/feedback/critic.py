@@ -99,9 +99,9 @@ def directions(
         ridge: Weight of the penalty; strong, since there are hardly more questions than features.
         size: A randomly started row of A reads with about 0.05; a few times that makes the critic's
             directions the easiest to use, without making the first steps jump.
-        spread: Factor on `size` for value projections. They read at every token of the prompt, and
-            attention passes on only a share of it: the directions of the mean over the prompt, which
-            tell the kinds apart better than its last token, need a louder voice (docs/log.md).
+        spread: Factor on `size` for key and value projections. They read at every token of the prompt,
+            and attention passes on only a share of it: the directions of the mean over the prompt,
+            which tell the kinds apart better than its last token, need a louder voice (docs/log.md).
     """
     truth = torch.nn.functional.one_hot(torch.from_numpy(labels_N), len(KINDS)).double()
     truth = truth - truth.mean(0)
@@ -231,8 +231,8 @@ def read_questions(
 
 
 def _gathers(path: str) -> bool:
-    """Whether what a layer reads at every token reaches the last one through attention."""
-    return path.rpartition(".")[2] == "v_proj"
+    """Whether what a layer reads at every token reaches the last one through attention, or draws it there."""
+    return path.rpartition(".")[2] in ("k_proj", "v_proj")
 
 
 def _reply_features(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:

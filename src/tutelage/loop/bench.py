@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tutelage.config import Recipe
 from tutelage.engines.batch import Objective
+from tutelage.engines.http import HttpCompleter
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
@@ -62,15 +63,19 @@ class Workbench:
     version: str = "start"
     multiplier: PidMultiplier = dataclasses.field(init=False)
     completer: LocalCompleter = dataclasses.field(init=False)
-    roller: LocalCompleter = dataclasses.field(init=False)
+    roller: LocalCompleter | HttpCompleter = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         c = self.recipe.constraint
         self.multiplier = PidMultiplier(c.limit, c.kp, c.ki, c.kd, c.maximum)
         s = self.recipe.sampling
         self.completer = LocalCompleter(self.lm, rows=s.rows)
-        # Only rollouts are drawn in int8: what is measured, and what critics see, is the model itself.
-        self.roller = LocalCompleter(self.lm, rows=s.rows, int8=True) if s.int8 else self.completer
+        # Only rollouts are drawn in int8 or by a server: what is measured, and what critics see, is the model itself.
+        self.roller = self.completer
+        if s.int8:
+            self.roller = LocalCompleter(self.lm, rows=s.rows, int8=True)
+        if s.server:
+            self.roller = HttpCompleter(self.lm, s.server, adapter=self._adapter_of, parallel=s.rows)
         self.learner = self._new_learner(self.recipe.update.learning_rate)
         self._encoded: dict[str, tuple[int, ...]] = {}
 
@@ -156,6 +161,9 @@ class Workbench:
                 waiting.remove(fresh)
                 chosen.append(fresh)
         return [prompts[i] for i in chosen]
+
+    def _adapter_of(self, version: str) -> Path | None:
+        return None if version == "start" else self.run.verify_checkpoint(version)
 
     def save(self, version: str) -> None:
         """Write a checkpoint: adapter in PEFT's format, optimiser, multiplier, what the panel heard."""

@@ -117,7 +117,7 @@ def update(
     objective, _ = bench.objective()
     value_BT = credit.reward_to_go(credit_BT)
     old_BT = None
-    if bench.recipe.sampling.int8:
+    if not bench.recipe.sampling.exact:
         old_BT, weight_BT = _corrected(bench, prompts, replies_PG, unit, number)
         value_BT = value_BT * weight_BT
     groups, row = [], 0
@@ -152,7 +152,7 @@ def update(
 def _corrected(
     bench: Workbench, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], unit: Unit, number: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The policy's own log-probabilities of what the rounded model drew, and importance weights for it."""
+    """The policy's own log-probabilities of what a slightly other model drew, and importance weights for it."""
     scores = bench.scores(prompts, replies_PG)
     drawn_BT = padded([reply.logps for group in replies_PG for reply in group])
     weight_BT, apart = importance(scores.logp_BT, drawn_BT, scores.keep_BT, cap=bench.recipe.update.importance_cap)
@@ -182,8 +182,10 @@ def figures(findings: Findings, rewards_PG: Sequence[Sequence[Reward]]) -> dict[
     entropies = [s.entropy for s in findings.spreads if s.entropy is not None]
     if entropies:
         out["semantic_entropy"] = sum(entropies) / len(entropies)
-    # Of what is held answerable, the share withheld: the constrained quantity.
-    paid = sum(r.costs["over_abstention"] for r in flat)
-    due = sum(b.answer_due * len(g) for b, g in zip(findings.beliefs, rewards_PG, strict=True) if b)
+    # Of what is held answerable, the share withheld: the constrained quantity. Counted by what each reply most
+    # likely does: probabilities have a floor (an answer is seldom surely one), and no limit would ever be met.
+    held = [(b.answer_due, g) for b, g in zip(findings.beliefs, findings.acts_PG, strict=True) if b]
+    due = sum(weight * len(g) for weight, g in held)
+    paid = sum(weight * sum(max(a, key=lambda act: a[act]) != "answers" for a in g) for weight, g in held)
     out["cost"] = paid / due if due else 0.0
     return out
