@@ -1,7 +1,8 @@
-"""Sampling speed, ours against transformers' `generate`: the same model, prompts and number of tokens.
+"""Sampling speed, ours against transformers' `generate` or vLLM: the same model, prompts and number of tokens.
 
     python benchmarks/rollout.py                    # batches of 1, 8, 64 and 128 rows
     python benchmarks/rollout.py --int8 --json
+    python benchmarks/rollout.py --vllm http://127.0.0.1:8000   # against a server that is running here
 
 SmolLM2-135M-Instruct in bfloat16, temperature 1, 8 samples a prompt (1 at batch 1), 64 new tokens, none of
 which may end the reply. `share_of_limit` is our tokens a second over what a matrix product of 2048
@@ -80,6 +81,35 @@ def peer(batch: int) -> None:
     serve(step, warmup=1)
 
 
+def served(batch: int, url: str) -> None:
+    """The worker that asks a vLLM server, in one request a step; prompts are in its cache after the first."""
+    import openai
+
+    from tutelage.engines.load import load_model
+    from tutelage.records import Message, Prompt
+
+    prompts, samples = shape(batch)
+    lm = load_model("smollm2-135m-instruct", dtype="bfloat16")
+    asked = [list(lm.encode(Prompt(f"p{i}", (Message("user", q),)))) for i, q in enumerate(questions(prompts))]
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    model = client.models.list().data[0].id
+
+    def step(number: int) -> dict[str, Any]:
+        found = client.completions.create(
+            model=model,
+            prompt=asked,
+            n=samples,
+            max_tokens=TOKENS,
+            temperature=1.0,
+            logprobs=0,
+            seed=number,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        ).model_dump()
+        return {"tokens": sum(len(choice["token_ids"]) for choice in found["choices"])}
+
+    serve(step, warmup=1)
+
+
 def limit(threads: int) -> float:
     """Tokens a second if only the weights' matrix products cost time, at the speed of a large one."""
     import torch
@@ -99,16 +129,24 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--batches", default="1,8,64,128")
     parser.add_argument("--int8", action="store_true", help="ours with 8-bit weights")
+    parser.add_argument("--vllm", default="", metavar="URL", help="compare with a vLLM server that is running here")
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         with quiet_output():
-            ours(given.batch, int8=given.int8) if given.worker == "ours" else peer(given.batch)
+            if given.worker == "ours":
+                ours(given.batch, int8=given.int8)
+            elif given.vllm:
+                served(given.batch, given.vllm)
+            else:
+                peer(given.batch)
         return
+    name = "vLLM" if given.vllm else "transformers"
     most = limit(given.threads)
     rows: dict[str, Any] = {}
     for batch in map(int, given.batches.split(",")):
         common = ["--batch", str(batch), *(["--int8"] if given.int8 else [])]
+        common += ["--vllm", given.vllm] if given.vllm else []
         found = contest(__file__, common, given)
         for side in ("ours", "peer"):
             found[side]["tokens_per_second"] = found[side]["tokens"] / found[side]["seconds"]
@@ -116,7 +154,7 @@ def main() -> None:
         rows[str(batch)] = found
         if not given.json:
             print(
-                f"batch {batch:4d}: ours {found['ours']['tokens_per_second']:7.1f} tokens/s, transformers "
+                f"batch {batch:4d}: ours {found['ours']['tokens_per_second']:7.1f} tokens/s, {name} "
                 f"{found['peer']['tokens_per_second']:7.1f}, speed-up {found['speedup']:.2f} "
                 f"({found['speedup_range'][0]:.2f} to {found['speedup_range'][1]:.2f}), "
                 f"{100 * found['share_of_limit']:.0f}% of the limit",

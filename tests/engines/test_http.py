@@ -122,8 +122,8 @@ def test_what_cannot_be_drawn_is_said_and_no_reply_is_made_up(
     server.faults = []
     server.answer_without_ids = True
     assert "return_token_ids" in refused(completer)
+    long = Prompt("long", (Message("user", "word " * 400),))
     with pytest.raises(InputError, match="long"):
-        long = Prompt("long", (Message("user", "word " * 400),))
         completer.generate([long], samples=1, settings=SETTINGS, seed=0, version="start")
     with pytest.raises(ModelError, match="no server answers"):
         HttpCompleter(tiny_lm, "http://127.0.0.1:9", retries=0)

@@ -103,9 +103,7 @@ def _critic(
     if not questions:
         return None
     texts = [[r.text, r.label] for r in (*questions, *replies)]
-    version = content_hash(
-        [fingerprint, str(lm.dtype), sorted(adapter.layers), texts, __version__, _CRITIC_REVISION]
-    )
+    version = content_hash([fingerprint, str(lm.dtype), sorted(adapter.layers), texts, __version__, _CRITIC_REVISION])
     home = cache_dir() / "critics" / version
     if not (home / "ready").is_file():
         progress.stage("train critic", len(questions), "labelled questions")

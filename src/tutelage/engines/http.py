@@ -62,10 +62,8 @@ class HttpCompleter:
         self._openai = openai
         self.lm, self.url, self.adapter, self.parallel = lm, url.rstrip("/"), adapter, parallel
         key = os.environ.get(KEY_VARIABLE) or "none"
-        self._client = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=timeout
-        )
-        self._loaded: dict[str, str] = {}
+        self._client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries, timeout=timeout)
+        self._loaded = ""
         self.model = self._base()
 
     def generate(
@@ -141,14 +139,15 @@ class HttpCompleter:
         if folder is None:
             return self.model
         name = f"tutelage-{content_hash([(folder / 'adapter_model.safetensors').read_bytes().hex()])}"
-        if name not in self._loaded.values():
-            body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
-            self._call(lambda: {"said": self._client.post("/load_lora_adapter", cast_to=str, body=body)})
-            for old in self._loaded.values():  # one version at a time is drawn from
-                gone = {"lora_name": old}
-                self._call(lambda gone=gone: {"said": self._client.post("/unload_lora_adapter", cast_to=str, body=gone)})  # type: ignore[misc]
-            self._loaded = {version: name}
+        if name != self._loaded:
+            self._post("/load_lora_adapter", lora_name=name, lora_path=str(folder.resolve()), load_inplace=True)
+            if self._loaded:  # one version at a time is drawn from
+                self._post("/unload_lora_adapter", lora_name=self._loaded)
+            self._loaded = name
         return name
+
+    def _post(self, route: str, **body: Any) -> None:
+        self._call(lambda: {"said": self._client.post(route, cast_to=str, body=body)})
 
     def _call(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
