@@ -162,7 +162,7 @@ class Update(_Section):
     """The policy-gradient rounds."""
 
     objective: Literal["grpo", "rloo"] = Field("grpo", description="which advantage and loss")
-    rounds: int = Field(2, ge=0, description="rounds after the supervised stage")
+    rounds: int = Field(3, ge=0, description="rounds after the supervised stage")
     prompts: Count = Field(64, description="prompts a round")
     samples: int = Field(8, ge=2, description="G, replies a prompt")
     batch: Count = Field(16, description="prompts an optimiser step")
