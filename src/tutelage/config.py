@@ -121,10 +121,10 @@ class Constraint(_Section):
 
     enabled: bool = Field(True, description="off is the ablation")
     limit: Fraction = Field(0.1, description="tolerated share of withheld answers where an answer is due")
-    kp: float = Field(20.0, ge=0.0, description="proportional gain")
-    ki: float = Field(10.0, ge=0.0, description="integral gain")
+    kp: float = Field(35.0, ge=0.0, description="proportional gain")
+    ki: float = Field(17.5, ge=0.0, description="integral gain")
     kd: float = Field(1.0, ge=0.0, description="derivative gain")
-    maximum: Positive = Field(5.0, description="largest multiplier")
+    maximum: Positive = Field(20.0, description="largest multiplier")
 
 
 class Credit(_Section):
@@ -162,7 +162,7 @@ class Update(_Section):
     """The policy-gradient rounds."""
 
     objective: Literal["grpo", "rloo"] = Field("grpo", description="which advantage and loss")
-    rounds: int = Field(3, ge=0, description="rounds after the supervised stage")
+    rounds: int = Field(2, ge=0, description="rounds after the supervised stage")
     prompts: Count = Field(64, description="prompts a round")
     samples: int = Field(8, ge=2, description="G, replies a prompt")
     batch: Count = Field(16, description="prompts an optimiser step")
