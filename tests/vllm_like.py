@@ -20,12 +20,9 @@ class Server:
     """What is served, what was asked, and what goes wrong next."""
 
     def __init__(self, folder: Path) -> None:
-        import transformers
-
         self.name = "base"
         self.folder = folder
-        self.plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-        self.models: dict[str, Any] = {self.name: self.plain}
+        self.models: dict[str, Any] = {self.name: self._plain()}
         self.adapters: dict[str, str] = {}
         self.unloaded: list[str] = []
         self.asked: list[dict[str, Any]] = []
@@ -35,13 +32,16 @@ class Server:
         self.url = ""
         self._lock = threading.Lock()
 
+    def _plain(self) -> Any:
+        import transformers
+
+        return transformers.AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager").eval()
+
     def load(self, body: dict[str, Any]) -> str:
         """Take an adapter over, as PEFT reads it."""
         import peft
-        import transformers
 
-        base = transformers.AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager").eval()
-        self.models[body["lora_name"]] = peft.PeftModel.from_pretrained(base, body["lora_path"]).eval()
+        self.models[body["lora_name"]] = peft.PeftModel.from_pretrained(self._plain(), body["lora_path"]).eval()
         self.adapters[body["lora_name"]] = body["lora_path"]
         return "Success: loaded"
 

@@ -27,7 +27,7 @@ from tutelage.store.prompts import read_prompts, read_suite
 from tutelage.store.runs import Run
 
 # Labelled questions that the adapter's first directions are solved from: what every layer reads in each
-# is held in memory, and more bring nothing (docs/log.md).
+# is held in memory. Whether more would help has not been measured.
 _AIMING = 2500
 
 # Counts up when the way a critic is trained changes: an older cached one must not be taken.
@@ -111,11 +111,13 @@ def _critic(
         aiming, others = questions[::step], [q for i, q in enumerate(questions) if i % step]
         with adapter.off():
             reading = read_questions(lm, [q.text for q in aiming], watch=adapter.layers)
-            rest = read_questions(lm, [q.text for q in others]).probes if others else [p[:0] for p in reading.probes]
+            parts = [reading.probes]
+            if others:  # deeper layers are not needed of these
+                parts.append(read_questions(lm, [q.text for q in others]).probes)
         kinds = np.array([KINDS.index(q.label) for q in aiming])
         aims = {path: rows.clone() for path, rows in directions(reading.inputs, kinds).items()}
         reading.inputs.clear()
-        probes = [torch.cat(pair) for pair in zip(reading.probes, rest, strict=True)]
+        probes = [torch.cat(probe) for probe in zip(*parts, strict=True)]
         critic = Critic.train(probes, encoder, [*aiming, *others], replies, version=version)
         home.mkdir(parents=True, exist_ok=True)
         critic.save(home / "critic.safetensors")

@@ -9,10 +9,11 @@ learner, so these replies need an importance-weighted objective, as int8 ones do
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.local import reply_of
@@ -20,6 +21,8 @@ from tutelage.errors import ModelError
 from tutelage.records import Generation, Prompt, SamplerSettings, content_hash
 
 __all__ = ["KEY_VARIABLE", "HttpCompleter"]
+
+Answer = TypeVar("Answer")
 
 KEY_VARIABLE = "TUTELAGE_SERVER_KEY"
 _START = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank RANK"
@@ -90,7 +93,7 @@ class HttpCompleter:
             prompt = prompts[p]
             found = self._ask(name, encoded[p], settings, int(content_hash([seed, prompt.id, g]), 16) % 2**63)
             tokens, logps = _reply(found, self.url)
-            finished = bool(tokens) and tokens[-1] in self.lm.stop_tokens
+            finished = tokens[-1] in self.lm.stop_tokens
             return reply_of(
                 self.lm, prompt, g, tokens, logps, finished=finished, settings=settings, seed=seed, version=version
             )
@@ -138,7 +141,8 @@ class HttpCompleter:
         folder = self.adapter(version)
         if folder is None:
             return self.model
-        name = f"tutelage-{content_hash([(folder / 'adapter_model.safetensors').read_bytes().hex()])}"
+        weights = (folder / "adapter_model.safetensors").read_bytes()
+        name = f"tutelage-{hashlib.sha256(weights).hexdigest()[:16]}"
         if name != self._loaded:
             self._post("/load_lora_adapter", lora_name=name, lora_path=str(folder.resolve()), load_inplace=True)
             if self._loaded:  # one version at a time is drawn from
@@ -147,9 +151,9 @@ class HttpCompleter:
         return name
 
     def _post(self, route: str, **body: Any) -> None:
-        self._call(lambda: {"said": self._client.post(route, cast_to=str, body=body)})
+        self._call(lambda: self._client.post(route, cast_to=str, body=body))
 
-    def _call(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _call(self, ask: Callable[[], Answer]) -> Answer:
         try:
             return ask()
         except self._openai.APIConnectionError as error:
@@ -178,7 +182,7 @@ def _reply(found: dict[str, Any], url: str) -> tuple[list[int], list[float]]:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ModelError(
             f"the server at {url} gives no token ids with log-probabilities",
-            expected="vLLM 0.11 or later, which knows return_token_ids",
+            expected="a vLLM server that knows return_token_ids (0.32 does)",
             fix="replies from other servers can be judged, not learned from",
         ) from error
     if len(tokens) != len(logps) or not tokens:

@@ -20,6 +20,7 @@ from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
 from tutelage.errors import StoreError
 from tutelage.feedback.panel import Panel
+from tutelage.loop.evaluate import Completer
 from tutelage.objectives.constrained import PidMultiplier
 from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, advantages_rloo
 from tutelage.policy.learner import Learner, Scores, score
@@ -63,7 +64,7 @@ class Workbench:
     version: str = "start"
     multiplier: PidMultiplier = dataclasses.field(init=False)
     completer: LocalCompleter = dataclasses.field(init=False)
-    roller: LocalCompleter | HttpCompleter = dataclasses.field(init=False)
+    roller: Completer = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         c = self.recipe.constraint
