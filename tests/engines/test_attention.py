@@ -93,16 +93,14 @@ def test_decoding_token_by_token_equals_one_pass(lm: Any, plain: Any) -> None:
     for index in range(lm.layers):  # filled with rubbish: what is not seen must not matter
         with attention_plan(AttentionPlan(mask_TT=CAUSAL, capture=True)) as plan:
             lm.hidden(IDS, PLACES)
-        for store in memory.layer(index, plan.captured[index][0][None]):
+        memory.fill(index, 0, *plan.captured[index])
+        for store in (memory.keys[index], memory.values[index]):
             store.fill_(1e3)
     for step in range(7):
         active = [row for row in (0, 1) if starts[row] <= step < starts[row] + len(texts[row])]
         places = torch.tensor([lengths[row] for row in active])
         tokens = torch.tensor([int(texts[row][lengths[row]]) for row in active])
-        seen = torch.arange(int(places.max()) + 1)[None] <= places[:, None]
-        with attention_plan(
-            AttentionPlan(memory=memory, rows_B=torch.arange(len(active)), slots_B=places, seen_BT=seen)
-        ):
+        with attention_plan(AttentionPlan(memory=memory, slots_B=places, reach=int(places.max()) + 1)):
             out = logits(lm, tokens[:, None], places[:, None])
         for n, row in enumerate(active):
             got[row, lengths[row]] = out[n, 0]

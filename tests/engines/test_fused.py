@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ def test_the_norms_gradient_is_that_of_its_values() -> None:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, generator=random, dtype=torch.float32, requires_grad=True)
     weight = torch.rand(5, generator=random) + 0.5
-    ours = fused._RmsNorm.apply(x, weight, 1e-5)
+    norm = types.SimpleNamespace(weight=weight, variance_epsilon=1e-5)
+    ours = fused._norm_forward(norm, x)
     plain = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
     push = torch.randn(3, 5, generator=random)
     assert torch.allclose(ours, plain, atol=1e-6)
@@ -45,6 +47,20 @@ def test_a_fused_model_says_and_teaches_what_the_plain_one_does(kind: str, plain
     assert torch.allclose(grads[0][0], grads[1][0], atol=1e-4)
     assert torch.allclose(grads[0][1], grads[1][1], atol=1e-4)
     assert torch.nn.functional.cosine_similarity(grads[0][1].flatten(), grads[1][1].flatten(), 0) > 0.9999
+
+
+def test_what_is_not_kept_is_made_once_for_all_that_ask() -> None:
+    made = []
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        made.append(2 * x)
+        return made[-1]
+
+    source = fused.Remake(double, torch.ones(3))
+    assert source.reserve().reserve() is source
+    assert source.take() is source.take() is made[0] and len(made) == 1
+    with pytest.raises(RuntimeError, match="run the forward pass once more"):
+        source.take()
 
 
 def test_other_models_stay_as_they_are(plain_models: dict[str, Any]) -> None:

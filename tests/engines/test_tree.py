@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tutelage.engines import tree
 from tutelage.engines.packing import Group, pack
 from tutelage.engines.tree import plant, tree_attention
 
@@ -21,11 +22,16 @@ def by_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask_TT: torch.Te
     return torch.einsum("hts,shd->thd", scores.masked_fill(~mask_TT, float("-inf")).softmax(-1), v)
 
 
-@given(root=st.integers(0, 4), sizes=SIZES, heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]))
+@given(
+    root=st.integers(0, 4),
+    sizes=SIZES,
+    heads=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    longest=st.sampled_from([256, 0]),
+)
 def test_values_and_gradients_equal_attention_under_a_mask(
-    root: int, sizes: list[tuple[int, list[int]]], heads: tuple[int, int]
+    root: int, sizes: list[tuple[int, list[int]]], heads: tuple[int, int], longest: int
 ) -> None:
-    """Ragged prompts, ragged and empty completions, groups with more or fewer of them."""
+    """Ragged prompts, ragged and empty completions, groups with more or fewer of them; both ways to attend."""
     shared = tuple(range(100, 100 + root))
     groups, row = [], 0
     for number, (own, lengths) in enumerate(sizes):
@@ -37,7 +43,9 @@ def test_values_and_gradients_equal_attention_under_a_mask(
     random = torch.Generator().manual_seed(count)
     q, k, v = (torch.randn(count, h, 8, generator=random, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
     weight = torch.randn(count, heads[0], 8, generator=random)
-    ours = tree_attention(part.tree, q, k, v)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "_SHORT", longest)
+        ours = tree_attention(part.tree, q, k, v)
     theirs = by_mask(q, k, v, part.mask_TT)
     assert torch.allclose(ours, theirs, atol=1e-5)
     got = torch.autograd.grad((ours * weight).sum(), (q, k, v))
@@ -49,27 +57,27 @@ def test_values_and_gradients_equal_attention_under_a_mask(
 
 def test_a_tree_by_hand() -> None:
     """Root of 1, prompts of 2 and 1 tokens; the first has completions of 2 and 1, the second one of 1."""
-    tree = plant(1, [2, 1], [[2, 1], [1]])
-    assert (tree.trunk, tree.width) == (4, 2)
-    assert tree.prompt_PK.tolist() == [[0, 1], [2, 0]] and tree.prompt_back.tolist() == [0, 1, 2]
-    assert tree.leaf_NS.tolist() == [[0, 1], [2, 0], [3, 0], [0, 0]] and tree.leaf_back.tolist() == [0, 1, 2, 4]
-    assert tree.trunk_seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+    planted = plant(1, [2, 1], [[2, 1], [1]])
+    assert (planted.trunk, planted.width) == (4, 2)
+    assert planted.prompt_PK.tolist() == [[0, 1], [2, 0]] and planted.prompt_back.tolist() == [0, 1, 2]
+    assert planted.leaf_NS.tolist() == [[0, 1], [2, 0], [3, 0], [0, 0]] and planted.leaf_back.tolist() == [0, 1, 2, 4]
+    assert planted.trunk_seen.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
     # Keys of a leaf row: root, two places for the prompt, two for its own tokens.
-    assert tree.leaf_seen[0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert tree.leaf_seen[2].int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 0]]
-    assert tree.leaf_seen[3].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]  # an empty row
+    assert planted.leaf_seen[0].int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert planted.leaf_seen[2].int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 1, 0]]
+    assert planted.leaf_seen[3].int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]  # an empty row
 
 
 def test_prompts_without_completions_are_leaves() -> None:
-    tree = plant(3, [2, 4], [[], [0]])
-    assert tree.trunk == 3 and tree.leaf_NS.shape == (2, 4) and tree.prompt_PK.shape == (2, 0)
+    planted = plant(3, [2, 4], [[], [0]])
+    assert planted.trunk == 3 and planted.leaf_NS.shape == (2, 4) and planted.prompt_PK.shape == (2, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_mask_is_made_once_for_all_layers(dtype: torch.dtype) -> None:
-    tree = plant(2, [3], [[2, 2]])
-    first = tree.bias(dtype, 3)
-    assert tree.bias(dtype, 3) is first and first[0].dtype == dtype
+    planted = plant(2, [3], [[2, 2]])
+    first = planted.bias(dtype, 3)
+    assert planted.bias(dtype, 3) is first and first[0].dtype == dtype
     x = torch.randn(9, 3, 8, dtype=dtype)
     y = torch.randn(9, 1, 8, dtype=dtype)
-    assert tree_attention(tree, x, y, y).shape == F.relu(x).shape
+    assert tree_attention(planted, x, y, y).shape == F.relu(x).shape

@@ -29,7 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from tutelage.engines.tree import Tree, tree_attention
 from tutelage.errors import ModelError
 
-__all__ = ["AttentionPlan", "KeyValueMemory", "attention_plan", "install"]
+__all__ = ["AttentionPlan", "KeyValueMemory", "attention_plan", "install", "step_bias"]
 
 NAME = "tutelage"
 
@@ -38,7 +38,8 @@ NAME = "tutelage"
 class KeyValueMemory:
     """Preallocated keys and values of a decoding batch.
 
-    `keys` and `values` hold one tensor a layer, (rows, kv_heads, capacity, head_dim).
+    One tensor a layer: `values` (rows, kv_heads, capacity, head_dim), and `keys` turned, (rows, kv_heads,
+    head_dim, capacity), since the product with queries would otherwise turn all of them at every step.
     """
 
     rows: int
@@ -46,13 +47,55 @@ class KeyValueMemory:
     keys: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
     values: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
 
-    def layer(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory of one layer, allocated at first use with the head layout of `like` (B, H, T, D)."""
+    def _take(self, index: int, like: torch.Tensor) -> None:
         if index not in self.keys:
-            shape = (self.rows, like.shape[1], self.capacity, like.shape[3])
-            self.keys[index] = like.new_zeros(shape)
-            self.values[index] = like.new_zeros(shape)
-        return self.keys[index], self.values[index]
+            heads, width = like.shape[-3], like.shape[-1]
+            self.keys[index] = like.new_zeros(self.rows, heads, width, self.capacity)
+            self.values[index] = like.new_zeros(self.rows, heads, self.capacity, width)
+
+    def fill(self, index: int, row: int, key_HTD: torch.Tensor, value_HTD: torch.Tensor) -> None:
+        """Begin a row with the T positions of a text, each (kv_heads, T, head_dim)."""
+        self._take(index, key_HTD)
+        length = key_HTD.shape[1]
+        self.keys[index][row, :, :, :length] = key_HTD.transpose(1, 2)
+        self.values[index][row, :, :length] = value_HTD
+
+    def write(self, index: int, slots_B: torch.Tensor, key_BHD: torch.Tensor, value_BHD: torch.Tensor) -> None:
+        """One more position in each of the rows 0..B-1, at that row's slot."""
+        self._take(index, key_BHD[:, :, None])
+        rows_B = torch.arange(len(slots_B), device=slots_B.device)
+        self.keys[index][rows_B, :, :, slots_B] = key_BHD
+        self.values[index][rows_B, :, slots_B] = value_BHD
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Overwrite row `target` with the first `length` positions of row `source`."""
+        for key, value in zip(self.keys.values(), self.values.values(), strict=True):
+            key[target, :, :, :length] = key[source, :, :, :length]
+            value[target, :, :length] = value[source, :, :length]
+
+    def attend(self, index: int, query_BHD: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+        """Each row's queries over its own keys: (B, heads * head_dim).
+
+        Args:
+            index: Layer.
+            query_BHD: (B, heads, head_dim).
+            bias: `step_bias` of these rows.
+            scale: Factor on the scores.
+        """
+        count, heads, width = query_BHD.shape
+        shared, reach = bias.shape[0] // count, bias.shape[2]
+        # The queries that share a key-value head become its rows: no repeated keys in memory.
+        query = query_BHD.reshape(count * shared, heads // shared, width)
+        keys, values = self.keys[index].flatten(0, 1), self.values[index].flatten(0, 1)
+        scores = torch.baddbmm(bias, query, keys[: count * shared, :, :reach], alpha=scale)
+        return torch.bmm(scores.softmax(-1), values[: count * shared, :reach]).reshape(count, heads * width)
+
+
+def step_bias(slots_B: torch.Tensor, reach: int, shared: int, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to a decoding step's scores: -inf behind each row's slot; (B * kv_heads, 1, reach)."""
+    hidden = torch.arange(reach, device=slots_B.device)[None] > slots_B[:, None]
+    bias = torch.zeros(len(slots_B), reach, dtype=dtype, device=slots_B.device).masked_fill_(hidden, float("-inf"))
+    return bias.repeat_interleave(shared, 0)[:, None]
 
 
 @dataclasses.dataclass
@@ -65,8 +108,8 @@ class AttentionPlan:
         capture: Keep keys and values of every layer in `captured` (layer -> (k, v), batch dropped).
         record_rows_N: Token indices whose last-layer attention, averaged over heads, goes to
             `recorded_NT`.
-        memory: Decoding memory; then `rows_B` are the memory rows of the batch, `slots_B` the
-            position each new token is written to, and `seen_BT` what each row may look at.
+        memory: Decoding memory; then `slots_B` says at which position each of the rows 0..B-1 gets its new
+            token; it looks at what lies before, all below `reach`.
     """
 
     mask_TT: torch.Tensor | None = None
@@ -77,9 +120,8 @@ class AttentionPlan:
     record_layer: int = -1
     recorded_NT: torch.Tensor | None = None
     memory: KeyValueMemory | None = None
-    rows_B: torch.Tensor | None = None
     slots_B: torch.Tensor | None = None
-    seen_BT: torch.Tensor | None = None
+    reach: int = 0
 
 
 _active: list[AttentionPlan] = []
@@ -136,19 +178,11 @@ def _decode(
     value: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    memory, rows_B, slots_B, seen_BT = plan.memory, plan.rows_B, plan.slots_B, plan.seen_BT
-    assert memory is not None and rows_B is not None and slots_B is not None and seen_BT is not None
-    keys, values = memory.layer(index, key)
-    keys[rows_B, :, slots_B] = key[:, :, 0]
-    values[rows_B, :, slots_B] = value[:, :, 0]
-    length, n = seen_BT.shape[1], len(rows_B)
-    # A full batch occupies rows 0..n-1, so a slice (a view) serves; the order is kept by the caller.
-    k, v = keys[:n, :, :length], values[:n, :, :length]
-    groups = query.shape[1] // k.shape[1]
-    # The queries that share a key-value head become its rows: no repeated keys in memory.
-    grouped = query.reshape(n, k.shape[1], groups, query.shape[3])
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen_BT[:, None, None, :], scale=scaling)
-    return out.reshape(n, query.shape[1], 1, query.shape[3])
+    assert plan.memory is not None and plan.slots_B is not None
+    plan.memory.write(index, plan.slots_B, key[:, :, 0], value[:, :, 0])
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    bias = step_bias(plan.slots_B, plan.reach, key.shape[1], query.dtype)
+    return plan.memory.attend(index, query[:, :, 0], bias, scale).view(query.shape)
 
 
 def _attention(

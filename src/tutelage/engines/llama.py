@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from tutelage.engines.attention import KeyValueMemory
+from tutelage.engines.attention import KeyValueMemory, step_bias
 from tutelage.engines.load import LanguageModel, choose_dtype
 
 __all__ = ["LlamaStep", "round_to_int8"]
@@ -90,24 +90,14 @@ class LlamaStep:
         x = self.embed_VD[tokens_B]
         cos, sin = (part[0, :, None] for part in self.rotary(x, slots_B[None]))
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)  # the sign of rotate-half, once for all layers
-        hidden_keys = torch.arange(reach, device=x.device)[None] > slots_B[:, None]
-        bias = torch.zeros(count, 1, 1, reach, dtype=x.dtype, device=x.device)
-        bias = bias.masked_fill_(hidden_keys[:, None, None], float("-inf")).expand(-1, shared, -1, -1).flatten(0, 1)
-        rows_B = torch.arange(count, device=x.device)
+        bias = step_bias(slots_B, reach, shared, x.dtype)
         for index, layer in enumerate(self.layers):
             qkv = layer.qkv(F.rms_norm(x, x.shape[1:], layer.before, self.eps)).view(count, heads + 2 * shared, width)
             turned = qkv[:, : heads + shared]
             swapped = torch.cat([turned[..., half:], turned[..., :half]], -1)
             turned = torch.addcmul(turned * cos, swapped, sin)
-            keys, values = memory.layer(index, turned[:, heads:, None])
-            keys[rows_B, :, slots_B] = turned[:, heads:]
-            values[rows_B, :, slots_B] = qkv[:, heads + shared :]
-            # The queries that share a key-value head become its rows: no repeated keys in memory.
-            query = turned[:, :heads].reshape(count * shared, heads // shared, width)
-            seen_keys, seen_values = (x.flatten(0, 1)[: count * shared, :reach] for x in (keys, values))
-            scores = torch.baddbmm(bias, query, seen_keys.transpose(1, 2), alpha=width**-0.5)
-            mixed = torch.bmm(scores.softmax(-1), seen_values)
-            x = x + layer.out(mixed.reshape(count, heads * width))
+            memory.write(index, slots_B, turned[:, heads:], qkv[:, heads + shared :])
+            x = x + layer.out(memory.attend(index, turned[:, :heads], bias, width**-0.5))
             gate, up = layer.gate_up(F.rms_norm(x, x.shape[1:], layer.between, self.eps)).chunk(2, -1)
             x = x + layer.down(F.silu(gate) * up)
         return self.head(F.rms_norm(x, x.shape[1:], self.last_norm, self.eps))

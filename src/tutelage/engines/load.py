@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from tutelage.engines import attention, fused, weights
+from tutelage.engines import allocator, attention, fused, weights
 from tutelage.engines.packing import common_prefix
 from tutelage.errors import InputError, ModelError
 from tutelage.records import Message, Prompt, content_hash
@@ -172,6 +172,7 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", hub: boo
     """
     import transformers
 
+    allocator.keep_pages()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     source, name = _find(spec, hub=hub)

@@ -249,9 +249,7 @@ class _Batch:
         """Give a free row to `job`, starting from its prompt's keys and values."""
         row = len(self.jobs)
         for index, (k, v) in prefix.layers.items():
-            keys, values = self.memory.layer(index, k[None])
-            keys[row, :, : prefix.length] = k
-            values[row, :, : prefix.length] = v
+            self.memory.fill(index, row, k, v)
         self.jobs.append(job)
         self.lengths.append(prefix.length)
         self._fresh.append((row, prefix.logits_V))
@@ -294,11 +292,7 @@ class _Batch:
             self.lengths[row] += 1
         if self.fast is not None:
             return self.fast(last, lengths, self.memory, reach)
-        seen = torch.arange(reach, device=device)[None] <= lengths[:, None]
-        plan = AttentionPlan(
-            memory=self.memory, rows_B=torch.arange(count, device=device), slots_B=lengths, seen_BT=seen
-        )
-        with attention_plan(plan):
+        with attention_plan(AttentionPlan(memory=self.memory, slots_B=lengths, reach=reach)):
             hidden = self.lm.hidden(last[:, None], lengths[:, None])[:, 0]
         return hidden @ self.lm.head_VD.T
 
@@ -308,9 +302,7 @@ class _Batch:
         for row in reversed(done):
             tail = len(self.jobs) - 1
             if row != tail:  # the last row moves into the hole, so rows stay contiguous
-                for store in (self.memory.keys, self.memory.values):
-                    for tensor in store.values():
-                        tensor[row, :, : self.lengths[tail]] = tensor[tail, :, : self.lengths[tail]]
+                self.memory.move(tail, row, self.lengths[tail])
                 self.jobs[row], self.lengths[row] = self.jobs[tail], self.lengths[tail]
             self.jobs.pop()
             self.lengths.pop()

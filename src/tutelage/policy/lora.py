@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from tutelage.engines.fused import Remake, remake_of
 from tutelage.errors import ModelError
 
 __all__ = ["Adapter", "LoraLinear", "attach"]
@@ -42,21 +43,23 @@ class _MergedLinear(torch.autograd.Function):
         a_RI: torch.Tensor,
         b_OR: torch.Tensor,
         scale: float,
+        source: Remake | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, merged_OI, a_RI, b_OR)
-        ctx.scale = scale
+        ctx.save_for_backward(merged_OI, a_RI, b_OR, *([x] if source is None else []))
+        ctx.scale, ctx.source = scale, source and source.reserve()
         return F.linear(x, merged_OI, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, merged_OI, a_RI, b_OR = ctx.saved_tensors
+        merged_OI, a_RI, b_OR, *rest = ctx.saved_tensors
+        x = ctx.source.take() if ctx.source else rest[0]
         dy = grads[0].reshape(-1, merged_OI.shape[0])
         flat = x.reshape(-1, merged_OI.shape[1])
         dx = (dy @ merged_OI).reshape(x.shape) if ctx.needs_input_grad[0] else None
         a, b = a_RI.to(dy.dtype), b_OR.to(dy.dtype)
         da = ctx.scale * ((dy @ b).T @ flat)
         db = ctx.scale * (dy.T @ (flat @ a.T))
-        return dx, None, None, da.to(a_RI.dtype), db.to(b_OR.dtype), None
+        return dx, None, None, da.to(a_RI.dtype), db.to(b_OR.dtype), None, None
 
 
 @dataclasses.dataclass
@@ -103,7 +106,7 @@ class LoraLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if self._switch.on and torch.is_grad_enabled():
             out: torch.Tensor = _MergedLinear.apply(  # type: ignore[no-untyped-call]
-                x, self.merged, self.bias, self.lora_a, self.lora_b, self.scale
+                x, self.merged, self.bias, self.lora_a, self.lora_b, self.scale, remake_of(x)
             )
             return out
         return F.linear(x, self.current, self.bias)

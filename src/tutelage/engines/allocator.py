@@ -1,0 +1,29 @@
+"""Keep the memory that tensors freed, instead of giving it back and faulting it in again.
+
+By default glibc returns a large block to the system as soon as it is freed. A training step frees and
+takes hundreds of megabytes of activations, and touching a fresh page costs more than the addition that
+is done in it: attention by plain products was half as fast before (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+
+__all__ = ["keep_pages"]
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of malloc.h
+_LARGEST_HEAP_BLOCK = 32 << 20  # bytes; the largest value glibc takes
+
+
+@functools.cache
+def keep_pages() -> bool:
+    """Set this process's allocator, once. False where it is not glibc's, or where the user has set it."""
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD")):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
