@@ -27,6 +27,7 @@ from duel import answer, arguments, contest, peak_memory, quiet_output, serve, v
 
 SIZES = {"small": (4, 8, 64), "large": (16, 8, 128), "tiny": (2, 4, 16)}
 RANK, ALPHA, BETA, RATE, CLIP = 16, 32, 0.04, 1e-5, 0.2
+BUDGET = 640  # tokens of a micro-batch: one group of 8 x 64; 1,200 is 5% faster and takes 0.35 GB more
 TOPICS = (
     "a dog that finds a letter", "rain in a desert town", "two brothers and a boat", "the last train home",
     "a garden on a roof", "an old clock maker", "a lost kite", "the first day at school",
@@ -61,7 +62,7 @@ def ours(prompts: int, samples: int, tokens: int, *, int8: bool) -> None:
     lm = load_model("smollm2-135m-instruct", dtype="bfloat16")
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=0)
     completer = LocalCompleter(endless(lm), rows=min(128, prompts * samples), int8=int8)
-    learner = Learner(lm, adapter, learning_rate=RATE, budget=2048)
+    learner = Learner(lm, adapter, learning_rate=RATE, budget=BUDGET)
     asked = [Prompt(f"p{i}", (Message("user", q),)) for i, q in enumerate(questions(prompts))]
     encoded = [lm.encode(p) for p in asked]
     settings = SamplerSettings(1.0, max_new_tokens=tokens)
@@ -77,7 +78,7 @@ def ours(prompts: int, samples: int, tokens: int, *, int8: bool) -> None:
             for e, group in zip(encoded, replies, strict=True)
         ]
         with adapter.off():
-            reference = score(lm, groups, budget=2048).logp_BT
+            reference = score(lm, groups, budget=BUDGET).logp_BT
         marks.append(time.perf_counter())
         found = learner.step(
             [
