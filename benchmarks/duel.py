@@ -100,10 +100,10 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def contest(script: str, common: Sequence[str], given: argparse.Namespace) -> dict[str, Any]:
+def contest(script: str, common: Sequence[str], given: argparse.Namespace, *, rest: float = 0.0) -> dict[str, Any]:
     """`duel` between the two workers of one script, as its options say."""
     sides = ([*common, "--worker", side] for side in ("ours", "peer"))
-    return duel(script, *sides, repeats=given.repeats, threads=given.threads)
+    return duel(script, *sides, repeats=given.repeats, threads=given.threads, rest=rest)
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -112,8 +112,10 @@ def verdict(found: dict[str, Any]) -> str:
     return f"speed-up {found['speedup']:.2f} (range {low:.2f} to {high:.2f}), memory ratio {found['memory_ratio']:.2f}"
 
 
-def duel(script: str, ours: Sequence[str], peer: Sequence[str], *, repeats: int, threads: int) -> dict[str, Any]:
-    """Steps of both sides in turn.
+def duel(
+    script: str, ours: Sequence[str], peer: Sequence[str], *, repeats: int, threads: int, rest: float = 0.0
+) -> dict[str, Any]:
+    """Steps of both sides in turn, each after `rest` seconds in which what the other left running may end.
 
     Returns:
         `ours` and `peer` (median and all of the seconds a step; peak bytes), `speedup` and
@@ -123,6 +125,7 @@ def duel(script: str, ours: Sequence[str], peer: Sequence[str], *, repeats: int,
     taken: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for _ in range(repeats):
         for name, worker in sides.items():
+            time.sleep(rest)
             taken[name].append(worker.step())
     for worker in sides.values():
         worker.close()

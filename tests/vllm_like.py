@@ -57,7 +57,7 @@ class Server:
 
         with self._lock, torch.inference_mode():
             self.asked.append(body)
-            random = torch.Generator().manual_seed(body["seed"] % 2**63)
+            random = torch.Generator().manual_seed(len(self.asked))
             tokens, logps = list(body["prompt"]), []
             for _ in range(body["max_tokens"]):
                 logits = self.models[body["model"]](torch.tensor([tokens])).logits[0, -1].float()

@@ -60,8 +60,6 @@ def test_replies_are_records_like_any_other(server: Server, tiny_lm: Any) -> Non
     flat = [r for replies in drawn for r in replies]
     assert len({r.id for r in flat}) == 9
     assert len({r.tokens for r in flat}) > 5, "samples of one prompt are drawn apart"
-    again = completer.generate(PROMPTS, samples=3, settings=SETTINGS, seed=1, version="start")
-    assert again == drawn
     assert {a["model"] for a in server.asked} == {"base"}
 
 

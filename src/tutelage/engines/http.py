@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.local import reply_of
 from tutelage.errors import ModelError
-from tutelage.records import Generation, Prompt, SamplerSettings, content_hash
+from tutelage.records import Generation, Prompt, SamplerSettings
 
 __all__ = ["KEY_VARIABLE", "HttpCompleter"]
 
@@ -81,6 +81,8 @@ class HttpCompleter:
     ) -> list[list[Generation]]:
         """Draw `samples` replies to each prompt; the arguments are those of `LocalCompleter`.
 
+        The server draws by its own dice; `seed` is only written into the records.
+
         Raises:
             InputError: A prompt does not fit into the context.
             ModelError: The server is gone, or refuses, or gives no token ids. No reply is kept then.
@@ -91,7 +93,7 @@ class HttpCompleter:
         def one(job: tuple[int, int]) -> Generation:
             p, g = job
             prompt = prompts[p]
-            found = self._ask(name, encoded[p], settings, int(content_hash([seed, prompt.id, g]), 16) % 2**63)
+            found = self._ask(name, encoded[p], settings)
             tokens, logps = _reply(found, self.url)
             finished = tokens[-1] in self.lm.stop_tokens
             return reply_of(
@@ -112,7 +114,9 @@ class HttpCompleter:
                 raise
         return table
 
-    def _ask(self, model: str, tokens: tuple[int, ...], settings: SamplerSettings, seed: int) -> dict[str, Any]:
+    def _ask(self, model: str, tokens: tuple[int, ...], settings: SamplerSettings) -> dict[str, Any]:
+        # No seed a request: the same one need not draw the same in other company, and vLLM's CPU build
+        # (0.32) dies of it when a seeded prompt is prefilled in parts.
         extra: dict[str, Any] = {"return_token_ids": True, "stop_token_ids": sorted(self.lm.stop_tokens)}
         if settings.top_k:
             extra["top_k"] = settings.top_k
@@ -124,7 +128,6 @@ class HttpCompleter:
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 logprobs=0,
-                seed=seed,
                 extra_body=extra,
             ).model_dump()
         )

@@ -187,13 +187,15 @@ def _by_branches(
 ) -> torch.Tensor:
     cut, heads, shared = tree.trunk, query.shape[1], key.shape[1]
     trunk_bias, leaf_bias = tree.bias(query.dtype, heads // shared)
+    # Splits rather than slices: the gradient of a slice is a whole table of zeros around it.
+    (trunk_q, leaf_q), *others = (x.split([cut, len(x) - cut]) for x in (query, key, value))
     parts = []
     if cut:
-        q, k, v = (_by_head(x[None, :cut], shared) for x in (query, key, value))
+        q, k, v = (_by_head(x[None], shared) for x in (trunk_q, *(trunk for trunk, _ in others)))
         mixed = attend(q, k, v, trunk_bias, scale)
         parts.append(_by_token(mixed, cut, heads))
-    q = _by_head(_lay(query[cut:], tree.leaf_NS, tree.leaf_back), shared)
-    k, v = (_by_head(_seen_by_leaves(tree, x), shared) for x in (key, value))
+    q = _by_head(_lay(leaf_q, tree.leaf_NS, tree.leaf_back), shared)
+    k, v = (_by_head(_seen_by_leaves(tree, *x), shared) for x in others)
     mixed = attend(q, k, v, leaf_bias, scale)
     flat = _by_token(mixed, tree.leaf_NS.shape[1], heads)
     parts.append(_collect(flat, tree.leaf_NS, tree.leaf_back))
@@ -242,13 +244,13 @@ class _Recomputed(torch.autograd.Function):
         return None, *torch.autograd.grad(out, inputs, grads[0]), None
 
 
-def _seen_by_leaves(tree: Tree, x: torch.Tensor) -> torch.Tensor:
-    """(T, heads, width) -> (N, root + K + S, heads, width): what each leaf row may look at."""
+def _seen_by_leaves(tree: Tree, trunk: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
+    """(trunk, heads, width), (leaves, heads, width) -> (N, root + K + S, heads, width): what leaf rows may look at."""
     rows, groups = len(tree.leaf_NS), len(tree.prompt_PK)
-    root = x[None, : tree.root].expand(rows, -1, -1, -1)
-    prompt = _lay(x[tree.root : tree.trunk], tree.prompt_PK, tree.prompt_back)
+    root, own = trunk.split([tree.root, tree.trunk - tree.root])
+    prompt = _lay(own, tree.prompt_PK, tree.prompt_back)
     prompt = prompt[:, None].expand(groups, tree.width, *prompt.shape[1:]).flatten(0, 1)
-    return torch.cat([root, prompt, _lay(x[tree.trunk :], tree.leaf_NS, tree.leaf_back)], 1)
+    return torch.cat([root.expand(rows, *root.shape), prompt, _lay(leaves, tree.leaf_NS, tree.leaf_back)], 1)
 
 
 def _by_head(x: torch.Tensor, shared: int) -> torch.Tensor:
