@@ -3,6 +3,7 @@
     python benchmarks/grpo_vs_trl.py                       # 4 prompts x 8 replies x 64 tokens
     python benchmarks/grpo_vs_trl.py --size large          # 16 x 8 x 128
     python benchmarks/grpo_vs_trl.py --json
+    python benchmarks/grpo_vs_trl.py --size short --curve 25   # learning curves of five seeds, not timed
 
 Both sides: SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, bfloat16, temperature 1, KL
 coefficient 0.04, one pass over the samples. TRL (pip install trl==1.16.0 peft datasets) runs with
@@ -13,20 +14,23 @@ sides, so that the work is the same.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from duel import answer, arguments, contest, peak_memory, quiet_output, serve, verdict
+from duel import Worker, answer, arguments, contest, peak_memory, quiet_output, serve, verdict
 
-SIZES = {"small": (4, 8, 64), "large": (16, 8, 128), "tiny": (2, 4, 16)}
+SIZES = {"small": (4, 8, 64), "large": (16, 8, 128), "short": (4, 8, 16), "tiny": (2, 4, 16)}
 RANK, ALPHA, BETA, RATE, CLIP = 16, 32, 0.04, 1e-5, 0.2
+CURVE_RATE = 2e-4
 BUDGET = 640  # tokens of a micro-batch: one group of 8 x 64; 1,200 is 5% faster and takes 0.35 GB more
 TOPICS = (
     "a dog that finds a letter", "rain in a desert town", "two brothers and a boat", "the last train home",
@@ -41,13 +45,28 @@ def questions(count: int) -> list[str]:
     return [f"Write a long story about {TOPICS[i % len(TOPICS)]}." for i in range(count)]
 
 
-def reward(text: str) -> float:
+def distinct_words(text: str) -> float:
     """Share of distinct words: cheap, the same on both sides, and different from reply to reply."""
     words = text.lower().split()
     return len(set(words)) / max(len(words), 1)
 
 
-def ours(prompts: int, samples: int, tokens: int, *, int8: bool) -> None:
+def short_words(text: str) -> float:
+    """Share of words of at most four letters: what the learning curves are about, since it can be learned soon."""
+    words = text.split()
+    return sum(len(w) <= 4 for w in words) / max(len(words), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is rewarded, how fast is learned, and the seed of draws and adapter."""
+
+    reward: Callable[[str], float] = distinct_words
+    rate: float = RATE
+    seed: int = 0
+
+
+def ours(prompts: int, samples: int, tokens: int, task: Task, *, int8: bool) -> None:
     """Our worker."""
     import torch
 
@@ -60,18 +79,20 @@ def ours(prompts: int, samples: int, tokens: int, *, int8: bool) -> None:
     from tutelage.records import Message, Prompt, SamplerSettings
 
     lm = load_model("smollm2-135m-instruct", dtype="bfloat16")
-    adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=0)
+    adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=task.seed)
     completer = LocalCompleter(endless(lm), rows=min(128, prompts * samples), int8=int8)
-    learner = Learner(lm, adapter, learning_rate=RATE, budget=BUDGET)
+    learner = Learner(lm, adapter, learning_rate=task.rate, budget=BUDGET)
     asked = [Prompt(f"p{i}", (Message("user", q),)) for i, q in enumerate(questions(prompts))]
     encoded = [lm.encode(p) for p in asked]
     settings = SamplerSettings(1.0, max_new_tokens=tokens)
 
     def step(number: int) -> dict[str, Any]:
         marks = [time.perf_counter()]
-        replies = completer.generate(asked, samples=samples, settings=settings, seed=number, version=str(number))
+        replies = completer.generate(
+            asked, samples=samples, settings=settings, seed=1000 * task.seed + number, version=str(number)
+        )
         marks.append(time.perf_counter())
-        rewards = torch.tensor([[reward(r.text) for r in group] for group in replies])
+        rewards = torch.tensor([[task.reward(r.text) for r in group] for group in replies])
         rows = iter(range(prompts * samples))
         groups = [
             Group(e, tuple(r.tokens for r in group), tuple(next(rows) for _ in group))
@@ -113,7 +134,7 @@ def endless(lm: Any) -> Any:
     return Endless(**{f.name: getattr(lm, f.name) for f in dataclasses.fields(lm)})
 
 
-def peer(prompts: int, samples: int, tokens: int, *, batch: int) -> None:
+def peer(prompts: int, samples: int, tokens: int, task: Task, *, batch: int) -> None:
     """TRL's worker."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("WANDB_DISABLED", "true")
@@ -141,7 +162,8 @@ def peer(prompts: int, samples: int, tokens: int, *, batch: int) -> None:
         beta=BETA,
         epsilon=CLIP,
         loss_type="grpo",
-        learning_rate=RATE,
+        learning_rate=task.rate,
+        seed=task.seed,
         lr_scheduler_type="constant",
         max_steps=10_000,
         save_strategy="no",
@@ -154,7 +176,7 @@ def peer(prompts: int, samples: int, tokens: int, *, batch: int) -> None:
     seen: list[float] = []
 
     def rewards(completions: Sequence[Any], **_: Any) -> list[float]:
-        found = [reward(c[0]["content"] if isinstance(c, list) else c) for c in completions]
+        found = [task.reward(c[0]["content"] if isinstance(c, list) else c) for c in completions]
         seen.append(sum(found) / len(found))
         return found
 
@@ -190,17 +212,53 @@ def peer(prompts: int, samples: int, tokens: int, *, batch: int) -> None:
     trainer.train()
 
 
+def curves(given: argparse.Namespace, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Mean reward of each step's samples, by side and seed: equal samples, prompts, rate and objective."""
+    found: dict[str, Any] = {"steps": given.curve, "rate": CURVE_RATE, "samples_a_step": shape[0] * shape[1]}
+    for side in ("ours", "peer"):
+        rows = []
+        for seed in range(given.repeats):
+            options = ["--size", given.size, "--seed", str(seed), "--curve", str(given.curve), "--worker", side]
+            worker = Worker(__file__, options, threads=given.threads)
+            rows.append([worker.step()["reward"] for _ in range(given.curve)])
+            worker.close()
+        found[side] = rows
+    return found
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The curves as a table: means of five steps, median and range over seeds."""
+    lines = []
+    for start in range(0, found["steps"], 5):
+        cells = []
+        for side in ("ours", "peer"):
+            means = [statistics.mean(row[start : start + 5]) for row in found[side]]
+            cells.append(f"{side} {statistics.median(means):.3f} ({min(means):.3f} to {max(means):.3f})")
+        lines.append(f"steps {start + 2:3d} to {min(start + 6, found['steps'] + 1):3d}: {'   '.join(cells)}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Command line."""
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--peer-batch", type=int, default=8)
     parser.add_argument("--int8", action="store_true", help="sample with 8-bit weights")
+    parser.add_argument("--curve", type=int, default=0, metavar="STEPS", help="learning curves, one a repeat, untimed")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     shape = SIZES[given.size]
     if given.worker:
+        task = Task(short_words, CURVE_RATE, given.seed) if given.curve else Task()
         with quiet_output():
-            ours(*shape, int8=given.int8) if given.worker == "ours" else peer(*shape, batch=given.peer_batch)
+            if given.worker == "ours":
+                ours(*shape, task, int8=given.int8)
+            else:
+                peer(*shape, task, batch=given.peer_batch)
+        return
+    if given.curve:
+        rows = curves(given, shape)
+        print(json.dumps(rows, indent=1) if given.json else shown(rows))
         return
     common = ["--size", given.size, "--peer-batch", str(given.peer_batch), *(["--int8"] if given.int8 else [])]
     found = contest(__file__, common, given)

@@ -94,8 +94,9 @@ class World:
         return tutelage_cli("run", "--resume", "--runs", self.runs, "--name", name, *words)
 
     def weights(self, name: str = "one") -> dict[str, bytes]:
-        """Bytes of the adapters, a version."""
-        found = sorted((self.runs / name / "checkpoints").glob("[!.]*/adapter_model.safetensors"))
+        """Bytes of what was trained, a version."""
+        home = self.runs / name / "checkpoints"
+        found = sorted([*home.glob("[!.]*/adapter_model.safetensors"), *home.glob("[!.]*/weights_change.safetensors")])
         return {path.parent.name: path.read_bytes() for path in found}
 
     def rows(self, table: str, name: str = "one", **where: Any) -> list[dict[str, Any]]:

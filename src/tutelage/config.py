@@ -137,6 +137,9 @@ class Credit(_Section):
 class Lora(_Section):
     """The adapter."""
 
+    full: bool = Field(
+        False, description="train whole matrices instead of factors; rank, alpha, start then say nothing"
+    )
     rank: Count = Field(4, description="r")
     alpha: Positive = Field(8.0, description="scale is alpha / rank")
     from_depth: Fraction = Field(0.5, description="layers below this share of the depth are not adapted")
@@ -219,6 +222,8 @@ class Recipe(_Section):
             raise ValueError("sampling.int8 and sampling.server exclude each other: a server has its own precision")
         if self.sampling.server and self.sampling.temperature != 1.0:
             raise ValueError("sampling.server needs sampling.temperature = 1: servers report log-probs at 1")
+        if self.sampling.server and self.lora.full:
+            raise ValueError("sampling.server and lora.full exclude each other: a server loads adapters, not weights")
         if not self.feedback.judges:
             raise ValueError("feedback.judges is empty: without a verdict nothing can be learned")
         return self

@@ -158,6 +158,7 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "constraint.maximum": ("0.5", (), "weights"),
     "credit.method": ("uniform", (), "weights"),
     "credit.beta": ("0.2", (), "weights"),
+    "lora.full": ("true", (), "weights"),
     "lora.rank": ("3", (), "weights"),
     "lora.alpha": ("3.0", (), "weights"),
     "lora.from_depth": ("0.0", (), "weights"),

@@ -10,14 +10,26 @@ import pytest
 
 from tutelage.config import Recipe
 from tutelage.errors import InputError, ModelError
+from tutelage.records import Message, Prompt
 from tutelage.studio import forecast as module
 from tutelage.studio.forecast import forecast, forecast_lines
+from tutelage.studio.probe import Plane, Speeds, measure
+
+SPEEDS = Speeds(
+    decode=Plane(1e-2, 1e-3, 1e-2, 1e-4),
+    begin=Plane(0.01, 1e-4, 1e-3, 1e-5),
+    forward=Plane(1e-3, 1e-5, 1e-3, 1e-5),
+    learn=Plane(2e-2, 3e-4, 2e-2, 3e-4),
+    lead=20,
+    prompt=12.0,
+    layers=3,
+)
 
 
 @pytest.fixture(autouse=True)
 def _fixed_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast this machine is just now must not decide a test."""
-    monkeypatch.setattr(module, "_speed", lambda: {"narrow": 1e10, "wide": 4e10})
+    monkeypatch.setattr(module, "measure", lambda *_: SPEEDS)
 
 
 def recipe(model: Path, **sections: dict[str, Any]) -> Recipe:
@@ -63,10 +75,7 @@ def test_a_round_takes_no_more_prompts_than_there_are(tiny_dirs: dict[str, Path]
         {"lora": {"from_depth": 0.0}},
     ],
 )
-def test_more_work_takes_longer(
-    more: dict[str, dict[str, Any]], tiny_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_speed", lambda: {"narrow": 1e7, "wide": 1e7})
+def test_more_work_takes_longer(more: dict[str, dict[str, Any]], tiny_dirs: dict[str, Path]) -> None:
     seconds = [forecast(recipe(tiny_dirs["llama"], **m))["estimated_seconds"] for m in ({}, more)]
     assert seconds[1] > seconds[0]
 
@@ -104,3 +113,51 @@ def test_broken_inputs_are_found_without_loading(tiny_dirs: dict[str, Path], tmp
         (broken / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ModelError):
             forecast(recipe(broken))
+
+
+def test_a_plane_goes_through_its_corners() -> None:
+    """start 1, slope 2, layer_start 3, layer_slope 4: 1 + 2 x + n (3 + 4 x)."""
+
+    def truth(layers: float, size: float) -> float:
+        return 1 + 2 * size + layers * (3 + 4 * size)
+
+    plane = Plane.through([[truth(n, x) for x in (10, 50)] for n in (1, 3)], (1, 3), (10, 50))
+    assert (plane.start, plane.slope, plane.layer_start, plane.layer_slope) == pytest.approx((1, 2, 3, 4))
+    assert plane(30, 7) == pytest.approx(truth(30, 7)) and plane.of_layers(5, 2) == pytest.approx(5 * 11)
+
+
+def test_a_plane_never_goes_below_zero() -> None:
+    """A larger batch that happened to be faster does not make time run backwards."""
+    plane = Plane.through([[2.0, 1.0], [1.0, 0.5]], (1, 3), (10, 50))
+    assert min(plane.start, plane.slope, plane.layer_start, plane.layer_slope) >= 0 and plane(30, 1000) >= 0
+
+
+def test_a_call_of_the_sampler_by_hand(tiny_dirs: dict[str, Path]) -> None:
+    """8 prompts x 4 samples in 16 rows, 10 tokens each: 1.5 batches at 16 rows, then one length at 8."""
+    work = module._Work(recipe(tiny_dirs["llama"], sampling={"rows": 16}), SPEEDS)
+    full, half = SPEEDS.decode(3, 16), SPEEDS.decode(3, 8)
+    assert work.generate(8, 4, 10.0) == pytest.approx(SPEEDS.begin(3, 8) + 15 * full + 10 * half)
+    assert work.generate(0, 4, 10.0) == 0.0
+
+
+def test_frozen_layers_are_passed_but_not_learned(tiny_dirs: dict[str, Path]) -> None:
+    work = module._Work(recipe(tiny_dirs["llama"], lora={"from_depth": 0.67}), SPEEDS)
+    assert work.learned == 1
+    size = SPEEDS.lead + 5 * 30.0  # one step on five prompts
+    wanted = SPEEDS.learn(1, size) + SPEEDS.forward.of_layers(2, size)
+    assert work.learn(5, 5, 30.0) == pytest.approx(wanted)
+    assert work.learn(5, 5, 30.0, anchored=True) == pytest.approx(wanted + SPEEDS.forward(3, size))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_real_model_is_measured(full: bool, tiny_dirs: dict[str, Path]) -> None:
+    prompts = [Prompt(f"p{i}", (Message("user", "Who was it?"),)) for i in range(5)]
+    found = measure(recipe(tiny_dirs["llama"], lora={"full": full}), prompts)
+    assert found.layers == 3 and found.lead > 0 and found.prompt > 0
+    for plane in (found.decode, found.begin, found.forward, found.learn):
+        assert plane(3, 64) > 0
+
+
+def test_whole_matrices_take_more_memory(tiny_dirs: dict[str, Path]) -> None:
+    one, whole = (forecast(recipe(tiny_dirs["llama"], lora={"full": full})) for full in (False, True))
+    assert whole["estimated_memory_bytes"] > one["estimated_memory_bytes"]

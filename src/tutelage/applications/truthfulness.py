@@ -20,6 +20,7 @@ from tutelage.feedback.panel import Panel
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.improve import Result, improve
 from tutelage.loop.versions import adapter_of
+from tutelage.policy.full import FullWeights
 from tutelage.policy.lora import Adapter
 from tutelage.records import Progress, Prompt, SuiteItem, content_hash
 from tutelage.store.ledger import Unit
@@ -96,7 +97,12 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
 
 
 def _critic(
-    recipe: Recipe, lm: LanguageModel, fingerprint: str, adapter: Adapter, encoder: Encoder, progress: Progress
+    recipe: Recipe,
+    lm: LanguageModel,
+    fingerprint: str,
+    adapter: Adapter | FullWeights,
+    encoder: Encoder,
+    progress: Progress,
 ) -> Critic | None:
     """Train the critic, or take it from the cache, and let the adapter look where it looks."""
     questions, replies = labelled(recipe)

@@ -172,6 +172,69 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", hub: boo
     """
     import transformers
 
+    source, name, tokenizer, place, number = _prepare(spec, device, dtype, hub)
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=number, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the model in {source} could not be loaded ({_first_line(error)})",
+            expected="a causal language model of transformers with safetensors weights",
+            fix="check the directory; convert pickled weights to safetensors first",
+        ) from error
+    absent = sorted(report.get("missing_keys") or ())
+    if absent:  # transformers would fill them with random numbers
+        raise ModelError(
+            f"the weights in {source} lack {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else ""),
+            expected="every weight that config.json implies",
+            fix="restore the missing safetensors files",
+        )
+    loaded = LanguageModel(name, _dressed(model, place), tokenizer, place, number)
+    _check_head(loaded)
+    return loaded
+
+
+def hollow_model(
+    spec: str, *, layers: int, device: str = "auto", dtype: str = "auto", hub: bool = False
+) -> tuple[LanguageModel, int]:
+    """The same architecture with random weights in its first `layers` layers, to measure on; and how many it has.
+
+    Raises:
+        ModelError: It is not there, or lacks what `load_model` wants besides the weights.
+    """
+    import transformers
+
+    source, name, tokenizer, place, number = _prepare(spec, device, dtype, hub)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        whole, config.num_hidden_layers = int(config.num_hidden_layers), layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        with torch.random.fork_rng():
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=number, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"config.json of {spec} cannot be read ({_first_line(error)})",
+            expected="the config of a causal language model",
+            fix="check the model directory",
+        ) from error
+    return LanguageModel(name, _dressed(model, place), tokenizer, place, number), whole
+
+
+def _dressed(model: Any, place: torch.device) -> Any:
+    """The model as the engine runs it: frozen, with our attention and fused layers."""
+    model.set_attn_implementation(attention.install())
+    model.requires_grad_(False)
+    model.eval().to(place)
+    fused.fuse(model)
+    return model
+
+
+def _prepare(spec: str, device: str, dtype: str, hub: bool) -> tuple[str, str, Any, torch.device, torch.dtype]:
+    """What comes before the weights: source, name, tokenizer, device and dtype."""
+    import transformers
+
     allocator.keep_pages()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -192,30 +255,7 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", hub: boo
             expected="chat_template.jinja, or chat_template in tokenizer_config.json",
             fix="use an instruct model, or add the template its training used",
         )
-    try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=number, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"the model in {source} could not be loaded ({_first_line(error)})",
-            expected="a causal language model of transformers with safetensors weights",
-            fix="check the directory; convert pickled weights to safetensors first",
-        ) from error
-    absent = sorted(report.get("missing_keys") or ())
-    if absent:  # transformers would fill them with random numbers
-        raise ModelError(
-            f"the weights in {source} lack {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else ""),
-            expected="every weight that config.json implies",
-            fix="restore the missing safetensors files",
-        )
-    model.set_attn_implementation(attention.install())
-    model.requires_grad_(False)
-    model.eval().to(place)
-    fused.fuse(model)
-    loaded = LanguageModel(name, model, tokenizer, place, number)
-    _check_head(loaded)
-    return loaded
+    return source, name, tokenizer, place, number
 
 
 def describe(spec: str, *, hub: bool = False) -> str:

@@ -188,7 +188,7 @@ def _by_branches(
     cut, heads, shared = tree.trunk, query.shape[1], key.shape[1]
     trunk_bias, leaf_bias = tree.bias(query.dtype, heads // shared)
     # Splits rather than slices: the gradient of a slice is a whole table of zeros around it.
-    (trunk_q, leaf_q), *others = (x.split([cut, len(x) - cut]) for x in (query, key, value))
+    (trunk_q, leaf_q), *others = (torch.split(x, [cut, len(x) - cut]) for x in (query, key, value))
     parts = []
     if cut:
         q, k, v = (_by_head(x[None], shared) for x in (trunk_q, *(trunk for trunk, _ in others)))
@@ -238,16 +238,16 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        query, key, value = inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
-            out = _by_branches(ctx.tree, *inputs, ctx.scale, _plainly)
+            out = _by_branches(ctx.tree, query, key, value, ctx.scale, _plainly)
         return None, *torch.autograd.grad(out, inputs, grads[0]), None
 
 
 def _seen_by_leaves(tree: Tree, trunk: torch.Tensor, leaves: torch.Tensor) -> torch.Tensor:
     """(trunk, heads, width), (leaves, heads, width) -> (N, root + K + S, heads, width): what leaf rows may look at."""
     rows, groups = len(tree.leaf_NS), len(tree.prompt_PK)
-    root, own = trunk.split([tree.root, tree.trunk - tree.root])
+    root, own = torch.split(trunk, [tree.root, tree.trunk - tree.root])
     prompt = _lay(own, tree.prompt_PK, tree.prompt_back)
     prompt = prompt[:, None].expand(groups, tree.width, *prompt.shape[1:]).flatten(0, 1)
     return torch.cat([root.expand(rows, *root.shape), prompt, _lay(leaves, tree.leaf_NS, tree.leaf_back)], 1)

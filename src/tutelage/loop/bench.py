@@ -23,6 +23,7 @@ from tutelage.feedback.panel import Panel
 from tutelage.loop.evaluate import Completer
 from tutelage.objectives.constrained import PidMultiplier
 from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, advantages_rloo
+from tutelage.policy.full import FullWeights
 from tutelage.policy.learner import Learner, Scores, score
 from tutelage.policy.lora import Adapter
 from tutelage.records import Generation, Progress, Prompt, content_hash
@@ -58,7 +59,7 @@ class Workbench:
 
     run: Run
     lm: LanguageModel
-    adapter: Adapter
+    adapter: Adapter | FullWeights
     panel: Panel
     progress: Progress
     version: str = "start"

@@ -11,22 +11,27 @@ from tutelage.store.runs import Run
 if TYPE_CHECKING:
     from tutelage.config import Recipe
     from tutelage.engines.load import LanguageModel
+    from tutelage.policy.full import FullWeights
     from tutelage.policy.lora import Adapter
 
 __all__ = ["adapter_of", "load_for_use", "open_run"]
 
 
-def adapter_of(recipe: Recipe, lm: LanguageModel, *, seed: int) -> Adapter:
-    """Attach the adapter that a recipe asks for; it changes nothing until it is trained or loaded."""
+def adapter_of(recipe: Recipe, lm: LanguageModel, *, seed: int) -> Adapter | FullWeights:
+    """Attach what a recipe trains; it changes nothing until it is trained or loaded."""
+    from tutelage.policy.full import attach_full
     from tutelage.policy.lora import attach
 
+    first = round(recipe.lora.from_depth * lm.layers)
+    if recipe.lora.full:
+        return attach_full(lm.model, targets=recipe.lora.targets, first_layer=first, model_name=recipe.model.name)
     return attach(
         lm.model,
         rank=recipe.lora.rank,
         alpha=recipe.lora.alpha,
         seed=seed,
         targets=recipe.lora.targets,
-        first_layer=round(recipe.lora.from_depth * lm.layers),
+        first_layer=first,
         model_name=recipe.model.name,
     )
 

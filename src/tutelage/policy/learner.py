@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 
@@ -12,10 +14,9 @@ from tutelage.engines.batch import Batch, Objective
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import TrainingError
-from tutelage.policy.lora import Adapter
 from tutelage.policy.vocabulary import drift, logps
 
-__all__ = ["Learner", "Scores", "TrainGroup", "padded", "score"]
+__all__ = ["Learner", "Scores", "TrainGroup", "Trainable", "padded", "score"]
 
 
 def _hidden(lm: LanguageModel, part: Pack, plan: AttentionPlan) -> torch.Tensor:
@@ -103,8 +104,21 @@ class TrainGroup:
     anchor: tuple[tuple[float, ...], ...] = ()
 
 
+class Trainable(Protocol):
+    """What a learner changes: an `Adapter` or `FullWeights`."""
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What gets gradients."""
+
+    def merge(self) -> None:
+        """Let the model compute with their present values."""
+
+    def off(self) -> AbstractContextManager[None]:
+        """The start model inside the block."""
+
+
 class Learner:
-    """Adam on the adapter's factors, with micro-batches sized by tokens.
+    """Adam on an adapter's factors or on whole weights, with micro-batches sized by tokens.
 
     Args:
         lm: The model that carries `adapter`.
@@ -119,7 +133,7 @@ class Learner:
     def __init__(
         self,
         lm: LanguageModel,
-        adapter: Adapter,
+        adapter: Trainable,
         *,
         learning_rate: float,
         budget: int = 1024,
@@ -141,7 +155,7 @@ class Learner:
         scale: float = 1.0,
         temperature: float = 1.0,
     ) -> dict[str, float]:
-        """One optimiser step on `groups`; merges the adapter afterwards.
+        """One optimiser step on `groups`; merges what was learned afterwards.
 
         Args:
             groups: All that the step learns from.

@@ -10,12 +10,11 @@ Files are read and written in PEFT's format. Source of LoRA: Hu et al. 2021, equ
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 from tutelage.engines.fused import Remake, remake_of
 from tutelage.errors import ModelError
+from tutelage.policy.merged import Merged, Switch, linear_layers, merge, put
 
 __all__ = ["Adapter", "LoraLinear", "attach"]
 
@@ -62,54 +62,27 @@ class _MergedLinear(torch.autograd.Function):
         return dx, None, None, da.to(a_RI.dtype), db.to(b_OR.dtype), None, None
 
 
-@dataclasses.dataclass
-class _Switch:
-    """Shared by all layers of one adapter: whether it takes part."""
-
-    on: bool = True
-
-
-class LoraLinear(nn.Module):
+class LoraLinear(Merged):
     """A frozen linear layer with an adapter that is merged outside the forward pass."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, switch: _Switch) -> None:
-        super().__init__()
+    def __init__(self, base: nn.Linear, rank: int, scale: float, switch: Switch) -> None:
+        super().__init__(base, switch)
         out_features, in_features = base.weight.shape
-        self.weight = base.weight
-        self.bias = base.bias
         self.scale = scale
-        self._switch = switch
         place = base.weight.device
         self.lora_a = nn.Parameter(torch.zeros(rank, in_features, dtype=torch.float32, device=place))
         self.lora_b = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=place))
-        self.merged: torch.Tensor = base.weight.detach()
-        self._own = False
 
-    @property
-    def current(self) -> torch.Tensor:
-        """The weight the layer computes with now: merged, or the start model's while the adapter is off."""
-        return self.merged if self._switch.on else self.weight
+    def add_change(self, wide_OI: torch.Tensor) -> None:
+        """Add s B A."""
+        wide_OI.addmm_(self.lora_b, self.lora_a, alpha=self.scale)
 
-    def merge(self, scratch: torch.Tensor) -> None:
-        """Form W + s B A anew, in the weight's dtype.
-
-        Args:
-            scratch: float32 numbers to work in, at least as many as the weight has.
-        """
-        with torch.no_grad():
-            if not self._own:  # memory is taken once and reused by every merge
-                self.merged, self._own = torch.empty_like(self.weight), True
-            wide = scratch[: self.weight.numel()].view(self.weight.shape)
-            self.merged.copy_(wide.copy_(self.weight).addmm_(self.lora_b, self.lora_a, alpha=self.scale))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
-        if self._switch.on and torch.is_grad_enabled():
-            out: torch.Tensor = _MergedLinear.apply(  # type: ignore[no-untyped-call]
-                x, self.merged, self.bias, self.lora_a, self.lora_b, self.scale, remake_of(x)
-            )
-            return out
-        return F.linear(x, self.current, self.bias)
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """One product, with gradients for the factors."""
+        out: torch.Tensor = _MergedLinear.apply(  # type: ignore[no-untyped-call]
+            x, self.merged, self.bias, self.lora_a, self.lora_b, self.scale, remake_of(x)
+        )
+        return out
 
 
 @dataclasses.dataclass
@@ -121,7 +94,7 @@ class Adapter:
     alpha: float
     target_names: tuple[str, ...]
     model_name: str
-    _switch: _Switch
+    _switch: Switch
 
     def parameters(self) -> list[nn.Parameter]:
         """Trainable factors in a fixed order."""
@@ -129,10 +102,7 @@ class Adapter:
 
     def merge(self) -> None:
         """Bring the merged weights up to date with the factors."""
-        layers = self.layers.values()
-        scratch = torch.empty(max(x.weight.numel() for x in layers), device=next(iter(layers)).weight.device)
-        for layer in layers:
-            layer.merge(scratch)
+        merge(self.layers.values())
 
     def aim(self, directions: Mapping[str, torch.Tensor]) -> None:
         """Let the first rows of A look along given directions, by module path.
@@ -158,14 +128,9 @@ class Adapter:
                 layer.lora_b.zero_()
         self.merge()
 
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> AbstractContextManager[None]:
         """The frozen start model inside the block: it is also the reference policy."""
-        before, self._switch.on = self._switch.on, False
-        try:
-            yield
-        finally:
-            self._switch.on = before
+        return self._switch.turned_off()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Factors under PEFT's names."""
@@ -243,12 +208,6 @@ class Adapter:
         self.load_state(state, where=str(folder))
 
 
-def _layer_number(path: str) -> int:
-    """Which transformer layer a module belongs to; a module outside of layers counts as the last."""
-    found = re.search(r"\.(\d+)\.", path)
-    return int(found.group(1)) if found else 1 << 30
-
-
 def attach(
     model: nn.Module,
     *,
@@ -275,15 +234,7 @@ def attach(
     Raises:
         ModelError: No layer carries a wanted name.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    wanted = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and (not targets or path.rsplit(".", 1)[-1] in targets)
-        and _layer_number(path) >= first_layer
-    }
+    wanted = linear_layers(model, targets, first_layer)
     if not wanted:
         present = sorted({p.rsplit(".", 1)[-1] for p, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
@@ -291,7 +242,7 @@ def attach(
             expected=f"some of: {', '.join(present)}",
             fix="change lora.targets in the recipe, or leave it empty for all",
         )
-    switch = _Switch()
+    switch = Switch()
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, LoraLinear] = {}
     for path, module in wanted.items():
@@ -300,8 +251,7 @@ def attach(
         with torch.no_grad():
             start = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
             layer.lora_a.copy_(start)
-        parent = model.get_submodule(path.rpartition(".")[0])
-        setattr(parent, path.rpartition(".")[2], layer)
+        put(model, path, layer)
         layers[path] = layer
     names = tuple(sorted({p.rsplit(".", 1)[-1] for p in layers}))
     adapter = Adapter(layers, rank, alpha, names, model_name, switch)

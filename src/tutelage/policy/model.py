@@ -7,20 +7,20 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from tutelage.engines.load import LanguageModel
-from tutelage.policy.lora import LoraLinear
+from tutelage.policy.merged import Merged
 
 __all__ = ["save_merged"]
 
 
 def save_merged(lm: LanguageModel, target: Path) -> None:
-    """Write weights with every adapter merged in, config and tokenizer: transformers loads the folder."""
+    """Write weights with all that was learned merged in, config and tokenizer: transformers loads the folder."""
     target.mkdir(parents=True, exist_ok=True)
-    layers = {path: m for path, m in lm.model.named_modules() if isinstance(m, LoraLinear)}
+    layers = {path: m for path, m in lm.model.named_modules() if isinstance(m, Merged)}
     state = {}
     for name, value in lm.model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if owner in layers:
-            if leaf in ("lora_a", "lora_b"):
+            if leaf not in ("weight", "bias"):  # what the change is made of
                 continue
             value = layers[owner].merged if leaf == "weight" else value
         state[name] = value.detach().clone().contiguous()

@@ -1,25 +1,28 @@
 """What a recipe will do, before it does it: counts, an estimate of time and of memory.
 
-Time comes from operations to be done and from how fast this machine multiplies matrices now
-(measured in half a second), with efficiencies seen in runs.
+Time comes from a few layers of the recipe's model, timed here and now by `probe`; the number of texts
+from the recipe; their length from the prompts, and for replies from what runs have shown.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 from tutelage.config import Recipe
 from tutelage.errors import ModelError
+from tutelage.studio.probe import Speeds, measure
 
 __all__ = ["forecast", "forecast_lines"]
 
-# Shares of the measured matrix speed that each kind of work reaches (seen in runs of the honesty recipe).
-_EFFICIENCY = {"decode": 0.25, "forward": 0.46, "train": 0.27}
-_TOKENS = {"prompt": 18, "reply": 17, "taught_reply": 12}  # typical of the built-in questions
-_SYSTEM_TOKENS = 30
+# Mean length of a reply, as a share of the most it may have: of the start model, and of one that has been taught.
+_LENGTH = {"start": 0.7, "taught": 0.5}
+_PROGRAM = 0.9e9  # bytes: Python, torch, tokenizer, encoder, the critic's features
+_KEPT = 1.4  # bytes taken for a byte that is kept for the backward pass: what lies between is lost
+_START = 8.0  # seconds: imports and weights
+_SECONDS_A_VERDICT = 0.004  # seconds: embedding a reply and reading it, with the embedded encoder on one core
+_SECONDS_A_LABEL = 0.005  # seconds: a labelled question's share of training the critic's heads
 
 
 def forecast(recipe: Recipe) -> dict[str, Any]:
@@ -36,26 +39,12 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     prompts = min(u.prompts, len(train))
     looked = len(train) * s.samples if s.enabled else 0
     rolled = u.rounds * prompts * u.samples
-    reply = min(_TOKENS["reply"], recipe.sampling.max_new_tokens)
-    taught = min(_TOKENS["taught_reply"], recipe.sampling.max_new_tokens)
-    ask = _TOKENS["prompt"]
-    measured = 2 * (len(gate) + len(heldout))
-    decode = looked * reply + rolled * taught + measured * (reply + taught) / 2
-    forward = (
-        len(labelled(recipe)[0]) * ask + (2 * len(train) + measured) * ask + u.rounds * prompts * ask + rolled * taught
-    )
-    train_tokens = (len(train) * s.epochs * (ask + taught) if s.enabled else 0) + u.rounds * prompts * ask
-    train_tokens += rolled * taught
-    speed = _speed()
-    work = 2.0 * shape["parameters"]
-    backward = 1.0 + (1.0 - recipe.lora.from_depth)  # forward, and backward through the adapted layers
-    seconds = {
-        "decode": decode * work / (speed["narrow"] * _EFFICIENCY["decode"]),
-        "forward": forward * work / (speed["wide"] * _EFFICIENCY["forward"]),
-        "train": train_tokens * work * backward / (speed["wide"] * _EFFICIENCY["train"]),
-        "start": 15.0,
-    }
-    memory = _memory(shape, recipe)
+    every = [*train, *(item.prompt for item in (*gate, *heldout))]
+    speeds = measure(recipe, every[:: max(1, len(every) // 200)])
+    labels = len(labelled(recipe)[0])
+    seconds = _seconds(recipe, speeds, train=len(train), gate=len(gate), heldout=len(heldout))
+    critic = _Work(recipe, speeds).forward(labels * speeds.prompt) + labels * _SECONDS_A_LABEL if labels else 0.0
+    memory = _memory(shape, recipe, speeds)
     return {
         "recipe": recipe.name,
         "recipe_hash": recipe.hash,
@@ -70,11 +59,65 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "optimiser_steps": (-(-len(train) // s.batch) * s.epochs if s.enabled else 0)
         + u.rounds * -(-prompts // u.batch),
         "estimated_seconds": round(sum(seconds.values())),
-        "estimated_seconds_by_work": {k: round(v) for k, v in seconds.items()},
+        "estimated_seconds_by_unit": {k: round(v, 1) for k, v in seconds.items()},
+        "estimated_seconds_first_time": round(critic),  # besides: a trained critic is kept
         "estimated_memory_bytes": int(memory),
         "warnings": _warnings(recipe, memory),
         "keys": recipe.model_dump(mode="json"),
     }
+
+
+def _seconds(recipe: Recipe, speeds: Speeds, *, train: int, gate: int, heldout: int) -> dict[str, float]:
+    """Seconds by the units of a run."""
+    work = _Work(recipe, speeds)
+    s, u = recipe.supervised, recipe.update
+    fresh, taught = (_LENGTH[k] * recipe.sampling.max_new_tokens for k in ("start", "taught"))
+    prompts = min(u.prompts, train)
+    own = speeds.prompt
+    start = _START + work.generate(gate, 1, fresh)
+    supervised = 0.0
+    if s.enabled:
+        supervised = work.generate(train, s.samples, fresh) + work.generate(train // 2, 1, taught)
+        supervised += work.forward(train * own) + train * (s.samples + 0.5) * _SECONDS_A_VERDICT
+        supervised += s.epochs * work.learn(train, s.batch, own + taught, anchored=s.anchor > 0)
+    rolled = prompts * u.samples
+    one = work.generate(prompts, u.samples, taught) + rolled * _SECONDS_A_VERDICT
+    one += work.forward(2 * prompts * own + rolled * taught) + work.learn(prompts, u.batch, own + u.samples * taught)
+    final = work.generate(gate + heldout, 1, taught) + work.generate(heldout, 1, fresh)
+    found = {"start": start, "supervised": supervised, "rounds": u.rounds * one, "final": final}
+    return {unit: value for unit, value in found.items() if value}
+
+
+class _Work:
+    """Seconds of a run's kinds of work on the whole model."""
+
+    def __init__(self, recipe: Recipe, speeds: Speeds) -> None:
+        self.recipe, self.speeds = recipe, speeds
+        self.learned = speeds.layers - round(recipe.lora.from_depth * speeds.layers)
+
+    def generate(self, prompts: int, samples: int, length: float) -> float:
+        """Replies of a mean `length` to each of `prompts`, in a batch that is refilled until none is left."""
+        if not prompts * samples:
+            return 0.0
+        s = self.speeds
+        rows = min(self.recipe.sampling.rows, prompts * samples)
+        full = max(0.0, prompts * samples / rows - 0.5) * length
+        # At the end the batch empties, while the longest replies go on.
+        return s.begin(s.layers, prompts) + full * s.decode(s.layers, rows) + length * s.decode(s.layers, rows / 2)
+
+    def forward(self, tokens: float) -> float:
+        """A pass without gradients over that many tokens, in packs."""
+        packs = max(1.0, tokens / self.recipe.update.token_budget)
+        return packs * self.speeds.forward(self.speeds.layers, tokens / packs)
+
+    def learn(self, prompts: int, batch: int, tokens: float, *, anchored: bool = False) -> float:
+        """Optimiser steps on all prompts, each with `tokens` of its own."""
+        s = self.speeds
+        steps = -(-prompts // batch)
+        size = s.lead + tokens * prompts / steps
+        packs = max(1.0, size / self.recipe.update.token_budget)
+        one = packs * (s.learn(self.learned, size / packs) + s.forward.of_layers(s.layers - self.learned, size / packs))
+        return steps * (one + (self.forward(size) if anchored else 0.0))
 
 
 def _warnings(recipe: Recipe, memory: float) -> list[str]:
@@ -106,6 +149,10 @@ def _shape(recipe: Recipe) -> dict[str, float]:
             "parameters": body + hidden * float(config["vocab_size"]),
             "body": body,
             "vocab": float(config["vocab_size"]),
+            # Numbers a token: keys and values; and what the backward pass needs (two inputs of a norm, query,
+            # key, value, their mixture, and both inner tables).
+            "memory": layers * 2 * shared * hidden,
+            "kept": layers * ((4 + 2 * shared) * hidden + 2 * inner),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
@@ -115,39 +162,21 @@ def _shape(recipe: Recipe) -> dict[str, float]:
         ) from error
 
 
-def _speed() -> dict[str, float]:
-    """Operations a second of this machine's matrix product, few rows and many."""
-    import torch
-
-    from tutelage.engines.load import choose_device, choose_dtype
-
-    device = choose_device()
-    number = choose_dtype("auto", device)
-    weight = torch.randn(1536, 576, dtype=number, device=device)
-    found = {}
-    for name, rows in (("narrow", 64), ("wide", 512)):
-        x = torch.randn(rows, 576, dtype=number, device=device)
-        for _ in range(3):
-            x @ weight.T
-        began, turns = time.perf_counter(), 0
-        while time.perf_counter() - began < 0.2:
-            x @ weight.T
-            turns += 1
-        found[name] = turns * 2.0 * rows * weight.numel() / (time.perf_counter() - began)
-    return found
-
-
-def _memory(shape: dict[str, float], recipe: Recipe) -> float:
-    """Bytes at the peak: program, weights, merged copies, logits and activations of a micro-batch."""
+def _memory(shape: dict[str, float], recipe: Recipe, speeds: Speeds) -> float:
+    """Bytes at the peak: program, weights and their merged copies, and the larger of sampling's and learning's own."""
     from tutelage.engines.load import choose_device, choose_dtype
 
     width = 4 if "32" in str(choose_dtype(recipe.model.dtype, choose_device(recipe.model.device))) else 2
     learned = 1.0 - recipe.lora.from_depth
-    merged = shape["body"] * learned
-    logits = (2 * 256 + recipe.sampling.rows) * shape["vocab"] * width
-    # A learned layer keeps about 42 numbers a token and feature; 30 layers of 576 features have 106 million weights.
-    activations = recipe.update.token_budget * 42 * 576 * 30 * width * learned * shape["body"] / 106e6
-    return 9e8 + width * (shape["parameters"] + merged) + logits + activations
+    weights = width * (shape["parameters"] + shape["body"] * learned)
+    if recipe.lora.full:  # a change, its gradient and two moments in float32
+        weights += 16 * shape["body"] * learned
+    reach = speeds.lead + speeds.prompt + recipe.sampling.max_new_tokens
+    rows = recipe.sampling.rows
+    packed = width * shape["parameters"] if width == 2 else 0.0
+    sampling = packed + rows * width * (shape["memory"] * reach + 2 * shape["vocab"])
+    activations = _KEPT * recipe.update.token_budget * width * learned * shape["kept"]
+    return _PROGRAM + weights + max(sampling, activations + 2 * 256 * shape["vocab"] * width)
 
 
 def forecast_lines(found: dict[str, Any]) -> list[str]:
@@ -167,6 +196,11 @@ def forecast_lines(found: dict[str, Any]) -> list[str]:
         (
             f"  estimated time {minutes:.1f} minutes, memory {found['estimated_memory_bytes'] / 1e9:.1f} GB, "
             "on this machine as it is now"
+        ),
+        *(
+            [f"  and {found['estimated_seconds_first_time'] / 60:.1f} minutes the first time, to train the critic"]
+            if found["estimated_seconds_first_time"]
+            else []
         ),
     ]
     lines += [f"  warning: {w}" for w in found["warnings"]]

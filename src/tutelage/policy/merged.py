@@ -1,0 +1,111 @@
+"""Linear layers that compute with a merged weight, start plus change, formed once after each update.
+
+What the change is made of (LoRA's factors, or a whole matrix) is the layer's own affair; with the
+switch off it is the start model, which is also the reference policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ["Merged", "Switch", "linear_layers", "merge", "put"]
+
+
+@dataclasses.dataclass
+class Switch:
+    """Shared by all layers of one model: whether their change takes part."""
+
+    on: bool = True
+
+    @contextlib.contextmanager
+    def turned_off(self) -> Iterator[None]:
+        """The start model inside the block."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+
+class Merged(nn.Module):
+    """A linear layer whose frozen weight stays beside the merged one."""
+
+    def __init__(self, base: nn.Linear, switch: Switch) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.bias = base.bias
+        self._switch = switch
+        self.merged: torch.Tensor = base.weight.detach()
+        self._own = False
+
+    def add_change(self, wide_OI: torch.Tensor) -> None:
+        """Add what was learned to the start weight, in float32 and in place."""
+        raise NotImplementedError
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """The product with the merged weight, with gradients for the change."""
+        raise NotImplementedError
+
+    @property
+    def current(self) -> torch.Tensor:
+        """The weight the layer computes with now: merged, or the start model's while the switch is off."""
+        return self.merged if self._switch.on else self.weight
+
+    def merge(self, scratch: torch.Tensor) -> None:
+        """Form start plus change anew, in the weight's dtype.
+
+        Args:
+            scratch: float32 numbers to work in, at least as many as the weight has.
+        """
+        with torch.no_grad():
+            if not self._own:  # memory is taken once and reused by every merge
+                self.merged, self._own = torch.empty_like(self.weight), True
+            wide = scratch[: self.weight.numel()].view(self.weight.shape).copy_(self.weight)
+            self.add_change(wide)
+            self.merged.copy_(wide)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        if self._switch.on and torch.is_grad_enabled():
+            return self.multiply(x)
+        return F.linear(x, self.current, self.bias)
+
+
+def merge(layers: Collection[Merged]) -> None:
+    """Bring the merged weights of all layers up to date."""
+    first = next(iter(layers))
+    scratch = torch.empty(max(x.weight.numel() for x in layers), device=first.weight.device)
+    for layer in layers:
+        layer.merge(scratch)
+
+
+def linear_layers(model: nn.Module, targets: Sequence[str], first_layer: int) -> dict[str, nn.Linear]:
+    """The linear layers to change, by module path: all but the head, or those whose last name is a target."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and (not targets or path.rsplit(".", 1)[-1] in targets)
+        and _layer_number(path) >= first_layer
+    }
+
+
+def _layer_number(path: str) -> int:
+    """Which transformer layer a module belongs to; a module outside of layers counts as the last."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found.group(1)) if found else 1 << 30
+
+
+def put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Set a module in another's place."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)
