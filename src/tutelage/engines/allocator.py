@@ -2,7 +2,8 @@
 
 By default glibc returns a large block to the system as soon as it is freed. A training step frees and
 takes hundreds of megabytes of activations, and touching a fresh page costs more than the addition that
-is done in it: attention by plain products was half as fast before (docs/log.md).
+is done in it: attention by plain products was half as fast before (docs/log.md). What a stage leaves
+behind, though, has holes that the next one's blocks do not fit into, so between stages pages go back.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 import functools
 import os
 
-__all__ = ["keep_pages"]
+__all__ = ["keep_pages", "release_pages"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of malloc.h
 _LARGEST_HEAP_BLOCK = 32 << 20  # bytes; the largest value glibc takes
@@ -27,3 +28,9 @@ def keep_pages() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def release_pages() -> None:
+    """Give back all pages that nothing lies in; called where one kind of work ends and another begins."""
+    if keep_pages():
+        ctypes.CDLL(None).malloc_trim(0)

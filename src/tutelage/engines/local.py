@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from tutelage.engines.allocator import release_pages
 from tutelage.engines.attention import AttentionPlan, KeyValueMemory, attention_plan
 from tutelage.engines.llama import LlamaStep
 from tutelage.engines.load import LanguageModel
@@ -126,7 +127,9 @@ class LocalCompleter:
             for g in range(samples)
         ]
         if jobs:
+            release_pages()  # of what was learned or read before; and below, of packed weights and memory
             self._run(jobs, encoded, samples, settings, progress)
+            release_pages()
         table: list[list[Generation]] = [[] for _ in prompts]
         for job in jobs:
             prompt = prompts[job.prompt]
