@@ -235,6 +235,7 @@ def _prepare(spec: str, device: str, dtype: str, hub: bool) -> tuple[str, str, A
     """What comes before the weights: source, name, tokenizer, device and dtype."""
     import transformers
 
+    allocator.bound_caches()
     allocator.keep_pages()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
