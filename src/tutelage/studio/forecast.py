@@ -18,7 +18,7 @@ __all__ = ["forecast", "forecast_lines"]
 
 # Mean length of a reply, as a share of the most it may have: of the start model, and of one that has been taught.
 _LENGTH = {"start": 0.9, "taught": 0.75}
-_PROGRAM = 0.9e9  # bytes: Python, torch, tokenizer, encoder, the critic's features
+_PROGRAM = 1.15e9  # bytes: Python, torch, tokenizer, encoder, the critic's features
 _KEPT = 1.4  # bytes taken for a byte that is kept for the backward pass: what lies between is lost
 _START = 8.0  # seconds: imports and weights
 _SECONDS_A_VERDICT = 0.004  # seconds: embedding a reply and reading it, with the embedded encoder on one core
