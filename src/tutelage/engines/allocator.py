@@ -19,8 +19,6 @@ __all__ = ["bound_caches", "keep_pages", "release_pages"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of malloc.h
 _LARGEST_HEAP_BLOCK = 32 << 20  # bytes; the largest value glibc takes
-
-
 _PRODUCTS = 128  # a learning step uses about 50
 
 

@@ -122,6 +122,7 @@ class AttentionPlan:
     memory: KeyValueMemory | None = None
     slots_B: torch.Tensor | None = None
     reach: int = 0
+    bias: torch.Tensor | None = None  # of a decoding step; made by the first layer for all
 
 
 _active: list[AttentionPlan] = []
@@ -181,8 +182,9 @@ def _decode(
     assert plan.memory is not None and plan.slots_B is not None
     plan.memory.write(index, plan.slots_B, key[:, :, 0], value[:, :, 0])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    bias = step_bias(plan.slots_B, plan.reach, key.shape[1], query.dtype)
-    return plan.memory.attend(index, query[:, :, 0], bias, scale).view(query.shape)
+    if plan.bias is None:
+        plan.bias = step_bias(plan.slots_B, plan.reach, key.shape[1], query.dtype)
+    return plan.memory.attend(index, query[:, :, 0], plan.bias, scale).view(query.shape)
 
 
 def _attention(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from tutelage.engines.fused import Remake, remake_of
 from tutelage.errors import ModelError
-from tutelage.policy.merged import Merged, Switch, linear_layers, merge, put
+from tutelage.policy.merged import Merged, MergedLayers, Switch, linear_layers, put
 
 __all__ = ["FullLinear", "FullWeights", "attach_full"]
 
@@ -73,7 +72,7 @@ class FullLinear(Merged):
 
 
 @dataclasses.dataclass
-class FullWeights:
+class FullWeights(MergedLayers):
     """All trained matrices of one model, by module path. Learner and loop use it as they use an `Adapter`."""
 
     layers: dict[str, FullLinear]
@@ -83,14 +82,6 @@ class FullWeights:
     def parameters(self) -> list[nn.Parameter]:
         """Trainable matrices in a fixed order."""
         return [layer.change for layer in self.layers.values()]
-
-    def merge(self) -> None:
-        """Bring the weights that the model computes with up to date."""
-        merge(self.layers.values())
-
-    def off(self) -> AbstractContextManager[None]:
-        """The frozen start model inside the block: it is also the reference policy."""
-        return self._switch.turned_off()
 
     def aim(self, directions: Mapping[str, torch.Tensor]) -> None:
         """Nothing: a whole matrix sees every direction from the start."""
@@ -147,12 +138,6 @@ def attach_full(
     """
     switch = Switch()
     layers = {path: FullLinear(base, switch) for path, base in linear_layers(model, targets, first_layer).items()}
-    if not layers:
-        raise ModelError(
-            f"no linear layer is named {', '.join(targets)}",
-            expected="names of linear layers",
-            fix="change lora.targets in the recipe, or leave it empty for all",
-        )
     for path, layer in layers.items():
         put(model, path, layer)
     weights = FullWeights(layers, model_name, switch)

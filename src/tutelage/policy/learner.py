@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
 
 import torch
 
@@ -14,9 +12,10 @@ from tutelage.engines.batch import Batch, Objective
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import TrainingError
+from tutelage.policy.merged import MergedLayers
 from tutelage.policy.vocabulary import drift, logps
 
-__all__ = ["Learner", "Scores", "TrainGroup", "Trainable", "padded", "score"]
+__all__ = ["Learner", "Scores", "TrainGroup", "padded", "score"]
 
 
 def _hidden(lm: LanguageModel, part: Pack, plan: AttentionPlan) -> torch.Tensor:
@@ -104,19 +103,6 @@ class TrainGroup:
     anchor: tuple[tuple[float, ...], ...] = ()
 
 
-class Trainable(Protocol):
-    """What a learner changes: an `Adapter` or `FullWeights`."""
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """What gets gradients."""
-
-    def merge(self) -> None:
-        """Let the model compute with their present values."""
-
-    def off(self) -> AbstractContextManager[None]:
-        """The start model inside the block."""
-
-
 class Learner:
     """Adam on an adapter's factors or on whole weights, with micro-batches sized by tokens.
 
@@ -133,7 +119,7 @@ class Learner:
     def __init__(
         self,
         lm: LanguageModel,
-        adapter: Trainable,
+        adapter: MergedLayers,
         *,
         learning_rate: float,
         budget: int = 1024,

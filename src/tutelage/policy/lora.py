@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from tutelage.engines.fused import Remake, remake_of
 from tutelage.errors import ModelError
-from tutelage.policy.merged import Merged, Switch, linear_layers, merge, put
+from tutelage.policy.merged import Merged, MergedLayers, Switch, linear_layers, put
 
 __all__ = ["Adapter", "LoraLinear", "attach"]
 
@@ -86,7 +85,7 @@ class LoraLinear(Merged):
 
 
 @dataclasses.dataclass
-class Adapter:
+class Adapter(MergedLayers):
     """All LoRA layers of one model, by module path."""
 
     layers: dict[str, LoraLinear]
@@ -99,10 +98,6 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         """Trainable factors in a fixed order."""
         return [p for layer in self.layers.values() for p in (layer.lora_a, layer.lora_b)]
-
-    def merge(self) -> None:
-        """Bring the merged weights up to date with the factors."""
-        merge(self.layers.values())
 
     def aim(self, directions: Mapping[str, torch.Tensor]) -> None:
         """Let the first rows of A look along given directions, by module path.
@@ -127,10 +122,6 @@ class Adapter:
             for layer in self.layers.values():
                 layer.lora_b.zero_()
         self.merge()
-
-    def off(self) -> AbstractContextManager[None]:
-        """The frozen start model inside the block: it is also the reference policy."""
-        return self._switch.turned_off()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Factors under PEFT's names."""
@@ -234,18 +225,10 @@ def attach(
     Raises:
         ModelError: No layer carries a wanted name.
     """
-    wanted = linear_layers(model, targets, first_layer)
-    if not wanted:
-        present = sorted({p.rsplit(".", 1)[-1] for p, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ModelError(
-            f"no linear layer is named {', '.join(targets)}",
-            expected=f"some of: {', '.join(present)}",
-            fix="change lora.targets in the recipe, or leave it empty for all",
-        )
     switch = Switch()
     generator = torch.Generator().manual_seed(seed)
     layers: dict[str, LoraLinear] = {}
-    for path, module in wanted.items():
+    for path, module in linear_layers(model, targets, first_layer).items():
         layer = LoraLinear(module, rank, alpha / rank, switch)
         bound = 1.0 / math.sqrt(module.in_features)
         with torch.no_grad():

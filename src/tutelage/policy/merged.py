@@ -6,16 +6,20 @@ switch off it is the start model, which is also the reference policy.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["Merged", "Switch", "linear_layers", "merge", "put"]
+from tutelage.errors import ModelError
+
+__all__ = ["Merged", "MergedLayers", "Switch", "linear_layers", "put"]
 
 
 @dataclasses.dataclass
@@ -34,7 +38,7 @@ class Switch:
             self.on = before
 
 
-class Merged(nn.Module):
+class Merged(nn.Module, abc.ABC):
     """A linear layer whose frozen weight stays beside the merged one."""
 
     def __init__(self, base: nn.Linear, switch: Switch) -> None:
@@ -45,13 +49,13 @@ class Merged(nn.Module):
         self.merged: torch.Tensor = base.weight.detach()
         self._own = False
 
+    @abc.abstractmethod
     def add_change(self, wide_OI: torch.Tensor) -> None:
         """Add what was learned to the start weight, in float32 and in place."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """The product with the merged weight, with gradients for the change."""
-        raise NotImplementedError
 
     @property
     def current(self) -> torch.Tensor:
@@ -78,18 +82,37 @@ class Merged(nn.Module):
         return F.linear(x, self.current, self.bias)
 
 
-def merge(layers: Collection[Merged]) -> None:
-    """Bring the merged weights of all layers up to date."""
-    first = next(iter(layers))
-    scratch = torch.empty(max(x.weight.numel() for x in layers), device=first.weight.device)
-    for layer in layers:
-        layer.merge(scratch)
+class MergedLayers(abc.ABC):
+    """All merged layers of one model, by module path: what a learner changes."""
+
+    layers: Mapping[str, Merged]
+    _switch: Switch
+
+    @abc.abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """What gets gradients, in a fixed order."""
+
+    def merge(self) -> None:
+        """Bring the weights that the model computes with up to date."""
+        layers = self.layers.values()
+        first = next(iter(layers))
+        scratch = torch.empty(max(x.weight.numel() for x in layers), device=first.weight.device)
+        for layer in layers:
+            layer.merge(scratch)
+
+    def off(self) -> AbstractContextManager[None]:
+        """The frozen start model inside the block: it is also the reference policy."""
+        return self._switch.turned_off()
 
 
 def linear_layers(model: nn.Module, targets: Sequence[str], first_layer: int) -> dict[str, nn.Linear]:
-    """The linear layers to change, by module path: all but the head, or those whose last name is a target."""
+    """The linear layers to change, by module path: all but the head, or those whose last name is a target.
+
+    Raises:
+        ModelError: No layer carries a wanted name.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
+    wanted = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
@@ -97,6 +120,14 @@ def linear_layers(model: nn.Module, targets: Sequence[str], first_layer: int) ->
         and (not targets or path.rsplit(".", 1)[-1] in targets)
         and _layer_number(path) >= first_layer
     }
+    if not wanted:
+        present = sorted({p.rsplit(".", 1)[-1] for p, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(
+            f"no linear layer is named {', '.join(targets)}",
+            expected=f"some of: {', '.join(present)}",
+            fix="change lora.targets in the recipe, or leave it empty for all",
+        )
+    return wanted
 
 
 def _layer_number(path: str) -> int:

@@ -42,8 +42,9 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     every = [*train, *(item.prompt for item in (*gate, *heldout))]
     speeds = measure(recipe, every[:: max(1, len(every) // 200)])
     labels = len(labelled(recipe)[0])
-    seconds = _seconds(recipe, speeds, train=len(train), gate=len(gate), heldout=len(heldout))
-    critic = _Work(recipe, speeds).forward(labels * speeds.prompt) + labels * _SECONDS_A_LABEL if labels else 0.0
+    work = _Work(recipe, speeds)
+    seconds = _seconds(work, train=len(train), gate=len(gate), heldout=len(heldout))
+    critic = work.forward(labels * speeds.prompt) + labels * _SECONDS_A_LABEL if labels else 0.0
     memory = _memory(shape, recipe, speeds)
     return {
         "recipe": recipe.name,
@@ -67,13 +68,12 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _seconds(recipe: Recipe, speeds: Speeds, *, train: int, gate: int, heldout: int) -> dict[str, float]:
+def _seconds(work: _Work, *, train: int, gate: int, heldout: int) -> dict[str, float]:
     """Seconds by the units of a run."""
-    work = _Work(recipe, speeds)
+    recipe, own = work.recipe, work.speeds.prompt
     s, u = recipe.supervised, recipe.update
     fresh, taught = (_LENGTH[k] * recipe.sampling.max_new_tokens for k in ("start", "taught"))
     prompts = min(u.prompts, train)
-    own = speeds.prompt
     start = _START + work.generate(gate, 1, fresh)
     supervised = 0.0
     if s.enabled:

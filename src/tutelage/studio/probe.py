@@ -17,7 +17,7 @@ from tutelage.config import Recipe
 
 if TYPE_CHECKING:
     from tutelage.engines.load import LanguageModel
-    from tutelage.policy.learner import Trainable
+    from tutelage.policy.merged import MergedLayers
     from tutelage.records import Prompt
 
 __all__ = ["Plane", "Speeds", "measure"]
@@ -99,15 +99,15 @@ def measure(recipe: Recipe, prompts: Sequence[Prompt]) -> Speeds:
         m = recipe.model
         return hollow_model(m.name, layers=layers, device=m.device, dtype=m.dtype, hub=m.hub)
 
-    for layers in _LAYERS:
-        lm, _ = hollow(layers)
+    models = [hollow(layers) for layers in _LAYERS]
+    for lm, _ in models:
         sampled = [_sampling(lm, prompts, rows) for rows in _ROWS]
         planes["begin"].append([begin for begin, _ in sampled])
         planes["decode"].append([step for _, step in sampled])
         planes["forward"].append([_forward(lm, tokens) for tokens in _TOKENS])
         change = attach_full(lm.model) if recipe.lora.full else attach(lm.model, rank=recipe.lora.rank, alpha=1, seed=0)
         planes["learn"].append([_learn(lm, change, tokens) for tokens in _TOKENS])
-    lm, whole = hollow(1)
+    lm, whole = models[0]
     lengths = [len(lm.encode(p)) - lm.lead for p in prompts]
     return Speeds(
         **{name: Plane.through(corners, _LAYERS, _SIZES[name]) for name, corners in planes.items()},
@@ -160,7 +160,7 @@ def _forward(lm: LanguageModel, tokens: int) -> float:
     return _best(lambda: score(lm, groups, budget=2 * tokens))
 
 
-def _learn(lm: LanguageModel, adapter: Trainable, tokens: int) -> float:
+def _learn(lm: LanguageModel, adapter: MergedLayers, tokens: int) -> float:
     """Seconds of an optimiser step on the same texts."""
     from tutelage.objectives.supervised import Supervised
     from tutelage.policy.learner import Learner, TrainGroup
