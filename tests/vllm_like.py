@@ -1,4 +1,4 @@
-"""A server on loopback that speaks what `engines/http.py` needs of vLLM's protocol, computed by other code.
+"""A server on loopback that speaks what `engines/vllm.py` needs of vLLM's protocol, computed by other code.
 
 Models and adapters run through transformers and PEFT, one token at a time. Faults can be ordered.
 """

@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 __all__ = [
+    "Answer",
     "Cost",
     "Decision",
+    "Engine",
     "Evidence",
     "Generation",
     "Judge",
@@ -22,6 +24,7 @@ __all__ = [
     "Message",
     "Progress",
     "Prompt",
+    "Question",
     "Reward",
     "SamplerSettings",
     "SuiteItem",
@@ -152,6 +155,61 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+    """What a judge asks a language model.
+
+    Args:
+        messages: The conversation; the model's turn comes next.
+        opening: How the model's turn begins; it goes on from there. Engines that cannot begin a turn
+            for the model (hosted chat) leave it out.
+        labels: Words of which one is the answer, told apart by their first letter; empty asks for text.
+        max_new_tokens: Longest answer. With labels, how far an engine without log-probabilities may read.
+        temperature: 0 is greedy. Labels are always read from the model's own distribution.
+        schema: JSON schema (flat object) that the text should follow, for engines that can enforce one.
+        draw: Number of the draw, so that two samples of one question are two questions.
+    """
+
+    messages: tuple[Message, ...]
+    opening: str = ""
+    labels: tuple[str, ...] = ()
+    max_new_tokens: int = 8
+    temperature: float = 0.0
+    schema: Mapping[str, Any] | None = None
+    draw: int = 0
+
+    @property
+    def hash(self) -> str:
+        """Content hash: the same question is never asked twice."""
+        turns = [[m.role, m.content] for m in self.messages]
+        return content_hash(
+            [turns, self.opening, self.labels, self.max_new_tokens, self.temperature, self.schema, self.draw], length=32
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for a question, or why nothing did. A failed answer holds no number and no text.
+
+    Args:
+        text: What the model said, after the opening.
+        logps: Natural-log probability of each token of `text`; empty where the engine gives none.
+        label_logps: Natural-log probability of each label as the next thing said, not normalised over
+            the labels, or None where the engine gives none. Sums to at most one: what is missing went
+            to other tokens.
+        failure: Why there is no answer; empty when there is one.
+        passing: The failure is the engine's, not the question's: asking again later may help.
+        cost: What it took.
+    """
+
+    text: str = ""
+    logps: tuple[float, ...] = ()
+    label_logps: Mapping[str, float] | None = None
+    failure: str = ""
+    passing: bool = False
+    cost: Cost = Cost()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Reward:
     """The number that is learned from, with the terms that make it up.
 
@@ -217,6 +275,24 @@ class Progress(Protocol):
 
     def say(self, text: str) -> None:
         """A line worth keeping."""
+
+
+class Engine(Protocol):
+    """A way to run a language model as a judge.
+
+    `version` names whatever decides its answers (weights, server, precision); verdicts carry it and
+    cached answers belong to it. `ask` gives one answer a question, in order, and never raises for a
+    question that failed: the answer says so.
+
+    Raises (from `ask`):
+        BudgetSpent: A limit on calls, tokens or money is reached; answers so far are in the cache.
+    """
+
+    name: str
+    version: str
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        """One answer a question."""
 
 
 class Judge(Protocol):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tutelage.config import Recipe
 from tutelage.engines.batch import Objective
-from tutelage.engines.http import HttpCompleter
+from tutelage.engines.vllm import VllmCompleter
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
@@ -77,7 +77,7 @@ class Workbench:
         if s.int8:
             self.roller = LocalCompleter(self.lm, rows=s.rows, int8=True)
         if s.server:
-            self.roller = HttpCompleter(self.lm, s.server, adapter=self._adapter_of, parallel=s.rows)
+            self.roller = VllmCompleter(self.lm, s.server, adapter=self._adapter_of, parallel=s.rows)
         self.learner = self._new_learner(self.recipe.update.learning_rate)
         self._encoded: dict[str, tuple[int, ...]] = {}
 

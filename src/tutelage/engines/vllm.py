@@ -20,7 +20,7 @@ from tutelage.engines.local import reply_of
 from tutelage.errors import ModelError
 from tutelage.records import Generation, Prompt, SamplerSettings
 
-__all__ = ["KEY_VARIABLE", "HttpCompleter"]
+__all__ = ["KEY_VARIABLE", "VllmCompleter"]
 
 Answer = TypeVar("Answer")
 
@@ -28,7 +28,7 @@ KEY_VARIABLE = "TUTELAGE_SERVER_KEY"
 _START = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve MODEL --enable-lora --max-lora-rank RANK"
 
 
-class HttpCompleter:
+class VllmCompleter:
     """Draws replies through the completions route of a vLLM server.
 
     Args:

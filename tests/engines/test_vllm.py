@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.vllm_like import Server, serve
 
-from tutelage.engines.http import KEY_VARIABLE, HttpCompleter
+from tutelage.engines.vllm import KEY_VARIABLE, VllmCompleter
 from tutelage.engines.packing import Group
 from tutelage.errors import InputError, ModelError
 from tutelage.policy.learner import score
@@ -45,7 +45,7 @@ def assert_drawn_by(lm: Any, drawn: list[list[Generation]]) -> None:
 
 
 def test_replies_are_records_like_any_other(server: Server, tiny_lm: Any) -> None:
-    completer = HttpCompleter(tiny_lm, server.url, parallel=4)
+    completer = VllmCompleter(tiny_lm, server.url, parallel=4)
     done: list[int] = []
     drawn = completer.generate(PROMPTS, samples=3, settings=SETTINGS, seed=1, version="start", progress=done.append)
     assert sum(done) == 9
@@ -75,7 +75,7 @@ def test_each_version_is_drawn_by_its_own_adapter(
         adapter.load_state(state, where="")
         adapter.save(tmp_path / version)
         folders[version] = tmp_path / version
-    completer = HttpCompleter(lm, server.url, adapter=folders.get)
+    completer = VllmCompleter(lm, server.url, adapter=folders.get)
 
     def draw(version: str) -> list[list[Generation]]:
         return completer.generate(PROMPTS, samples=2, settings=SETTINGS, seed=0, version=version)
@@ -94,7 +94,7 @@ def test_each_version_is_drawn_by_its_own_adapter(
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(server: Server, tiny_lm: Any, status: int) -> None:
-    completer = HttpCompleter(tiny_lm, server.url, parallel=1)
+    completer = VllmCompleter(tiny_lm, server.url, parallel=1)
     server.faults = [(status, "busy")] * 2
     drawn = completer.generate(PROMPTS[:1], samples=1, settings=SETTINGS, seed=0, version="start")
     assert drawn[0][0].tokens
@@ -106,13 +106,13 @@ def test_what_cannot_be_drawn_is_said_and_no_reply_is_made_up(
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "s3cret")
 
-    def refused(completer: HttpCompleter, version: str = "start") -> str:
+    def refused(completer: VllmCompleter, version: str = "start") -> str:
         with pytest.raises(ModelError) as caught:
             completer.generate(PROMPTS, samples=2, settings=SETTINGS, seed=0, version=version)
         assert "s3cret" not in str(caught.value)
         return str(caught.value)
 
-    completer = HttpCompleter(tiny_lm, server.url)
+    completer = VllmCompleter(tiny_lm, server.url)
     assert server.keys == {"Bearer s3cret"}
     server.faults = [(404, "LoRA is off")] * 20
     said = refused(completer)
@@ -124,10 +124,10 @@ def test_what_cannot_be_drawn_is_said_and_no_reply_is_made_up(
     with pytest.raises(InputError, match="long"):
         completer.generate([long], samples=1, settings=SETTINGS, seed=0, version="start")
     with pytest.raises(ModelError, match="no server answers"):
-        HttpCompleter(tiny_lm, "http://127.0.0.1:9", retries=0)
+        VllmCompleter(tiny_lm, "http://127.0.0.1:9", retries=0)
     server.models = {}
     with pytest.raises(ModelError, match="serves no model"):
-        HttpCompleter(tiny_lm, server.url)
+        VllmCompleter(tiny_lm, server.url)
 
 
 def test_a_run_learns_from_what_a_server_drew(server: Server, world: Any) -> None:
