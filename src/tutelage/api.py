@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutelage.config import Recipe, data_file, load_recipe
-from tutelage.errors import InputError, ModelError, RecipeError
+from tutelage.errors import InputError, JudgeRefused, ModelError, RecipeError
 from tutelage.loop.versions import load_for_use, open_run
 from tutelage.records import Progress
 from tutelage.store.runs import Run, write_atomic
@@ -78,7 +78,7 @@ def run(
     try:
         result = truthfulness.play(opened, told)
         write_report(opened)
-    except (InputError, ModelError, RecipeError):
+    except (InputError, JudgeRefused, ModelError, RecipeError):
         if not resume and not opened.ledger.units():
             opened.discard()  # wrong use leaves nothing behind, not even the name
         raise

@@ -24,6 +24,7 @@ __all__ = [
     "Credit",
     "Feedback",
     "Gate",
+    "Judge",
     "Limits",
     "Lora",
     "Model",
@@ -104,7 +105,37 @@ class Feedback(_Section):
     critic_replies: str = Field("builtin:critics/honesty-replies", description="labelled replies")
     same_meaning: Fraction = Field(0.8, description="cosine above which two replies mean the same")
     min_confidence: Fraction = Field(0.4, description="below this belief the critic abstains")
+    allow_refused: bool = Field(False, description="train although the only judge failed its check")
     consistency_weight: float = Field(0.15, ge=0.0, description="what consistency adds to the belief, log-odds")
+
+
+class Judge(_Section):
+    """A judge of the user's own, as [[judges]]: a model that is asked, code, or a critic from labelled data."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="name of the judge and of its reward term")
+    kind: str = Field(
+        "pairwise", description="pairwise, pointwise, listwise, critic, or package.module:name of your code"
+    )
+    model: str = Field("", description="embedded name, directory, GGUF file, MODEL@URL; for a critic its file")
+    prompt: str = Field("", description="judge prompt: TOML file; empty takes the built-in one of the kind")
+    principles: Literal["none", "whole", "each"] = Field("whole", description="how the constitution is judged by")
+    thoughts: int = Field(0, ge=0, le=16, description="reasons written before the verdict, averaged")
+    opponents: Count = Field(2, description="pairwise: replies of its group that each reply is compared with")
+    rotations: Count = Field(2, description="listwise: orders in which a group is shown")
+    weight: Positive = Field(1.0, description="of its term in the reward")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Judge:
+        if self.name in Rewards.model_fields:
+            raise ValueError(f"the name '{self.name}' is that of a built-in reward term")
+        if ":" in self.kind:
+            if self.model or self.prompt:
+                raise ValueError("a judge in code takes neither model nor prompt")
+        elif self.kind not in ("pairwise", "pointwise", "listwise", "critic"):
+            raise ValueError(f"kind is '{self.kind}': pairwise, pointwise, listwise, critic or package.module:name")
+        elif not self.model:
+            raise ValueError(f"judge '{self.name}' names no model")
+        return self
 
 
 class Rewards(_Section):
@@ -203,6 +234,7 @@ class Recipe(_Section):
     prompts: Prompts = Prompts()
     sampling: Sampling = Sampling()
     feedback: Feedback = Feedback()
+    judges: tuple[Judge, ...] = Field((), description="judges of your own, beside those of [feedback]")
     rewards: Rewards = Rewards()
     constraint: Constraint = Constraint()
     credit: Credit = Credit()
@@ -224,8 +256,11 @@ class Recipe(_Section):
             raise ValueError("sampling.server needs sampling.temperature = 1: servers report log-probs at 1")
         if self.sampling.server and self.lora.full:
             raise ValueError("sampling.server and lora.full exclude each other: a server loads adapters, not weights")
-        if not self.feedback.judges:
+        if not self.feedback.judges and not self.judges:
             raise ValueError("feedback.judges is empty: without a verdict nothing can be learned")
+        names = [j.name for j in self.judges]
+        if len(set(names)) < len(names):
+            raise ValueError("two [[judges]] have the same name")
         return self
 
     @property

@@ -22,6 +22,7 @@ __all__ = [
     "Judge",
     "Kind",
     "Message",
+    "PreferencePair",
     "Progress",
     "Prompt",
     "Question",
@@ -78,6 +79,24 @@ class SuiteItem:
     references: tuple[str, ...] = ()
     form: str = "plain"
     group: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """Two replies to one prompt of which people preferred one.
+
+    Args:
+        votes: How many people preferred the chosen and the rejected reply; (1, 0) when nobody counted.
+        category: What kind of pair it is, in the words of the file.
+        authors: Who wrote the chosen and the rejected reply (a model's name); empty when unknown.
+    """
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    votes: tuple[float, float] = (1.0, 0.0)
+    category: str = ""
+    authors: tuple[str, str] = ("", "")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

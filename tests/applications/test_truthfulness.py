@@ -190,8 +190,10 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }  # fmt: skip
 # Shown elsewhere: a GPU in tests/test_cli.py, the hub in tests/engines/test_load.py, the anchor in
 # tests/loop/test_supervised.py (a random model has no answer that is worth keeping), a server in
-# tests/engines/test_http.py.
-ELSEWHERE = {"model.device", "model.hub", "sampling.server", "supervised.anchor"}
+# tests/engines/test_vllm.py, judges of one's own in tests/applications/test_judging.py.
+ELSEWHERE = {
+    "feedback.allow_refused", "judges", "model.device", "model.hub", "sampling.server", "supervised.anchor",
+}  # fmt: skip
 
 
 def test_the_table_names_every_key() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.vllm_like import Server, serve
 
-from tutelage.engines.vllm import KEY_VARIABLE, VllmCompleter
 from tutelage.engines.packing import Group
+from tutelage.engines.vllm import KEY_VARIABLE, VllmCompleter
 from tutelage.errors import InputError, ModelError
 from tutelage.policy.learner import score
 from tutelage.policy.lora import attach

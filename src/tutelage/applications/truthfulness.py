@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tutelage import __version__
+from tutelage.applications.judging import answers_file, refuse_untrusted
 from tutelage.config import Recipe, data_file
 from tutelage.engines.encoder import Encoder
 from tutelage.engines.load import LanguageModel, load_model
@@ -17,6 +18,7 @@ from tutelage.errors import InputError
 from tutelage.feedback.constitution import Constitution, load_constitution
 from tutelage.feedback.critic import ACTS, KINDS, Critic, LabelledText, directions, read_labelled, read_questions
 from tutelage.feedback.panel import Panel
+from tutelage.feedback.roster import open_judge
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.improve import Result, improve
 from tutelage.loop.versions import adapter_of
@@ -93,7 +95,9 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
     adapter = adapter_of(recipe, lm, seed=derive_seed(recipe.seed, "adapter"))
     critic = _critic(recipe, lm, fingerprint, adapter, encoder, progress)
     panel = Panel(recipe.feedback, constitution, encoder, critic)
-    return Workbench(run, lm, adapter, panel, progress)
+    own = (recipe.model.name, lm, adapter.off)  # a judge that is the policy's start model shares its weights
+    judges = [open_judge(j, constitution, answers=answers_file(), own=own) for j in recipe.judges]
+    return Workbench(run, lm, adapter, panel, progress, judges)
 
 
 def _critic(
@@ -139,6 +143,8 @@ def play(run: Run, progress: Progress) -> Result:
     """Play a new run, or go on with an interrupted one."""
     train, gate, heldout, constitution = inputs(run.recipe)
     bench = set_up(run, constitution, progress)
+    content = any(name != "text" for name in run.recipe.feedback.judges)
+    known = refuse_untrusted(bench.judges, others=content, allowed=run.recipe.feedback.allow_refused)
     for prompt in [*train, *(item.prompt for item in (*gate, *heldout))]:
         bench.encode(prompt)  # one that is too long is refused before any work is done
 
@@ -148,5 +154,7 @@ def play(run: Run, progress: Progress) -> Result:
         unit.note("constitution", {"name": constitution.name, "hash": constitution.hash, "principles": principles})
         if bench.panel.critic is not None:
             unit.note("critic", bench.panel.critic.quality)
+        if known:
+            unit.note("judges", known)
 
     return improve(bench, train=train, gate=gate, heldout=heldout, notes=notes)

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from tutelage.config import Recipe
 from tutelage.engines.batch import Objective
-from tutelage.engines.vllm import VllmCompleter
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
+from tutelage.engines.vllm import VllmCompleter
 from tutelage.errors import StoreError
+from tutelage.feedback.model_judge import ComparingJudge
 from tutelage.feedback.panel import Panel
 from tutelage.loop.evaluate import Completer
 from tutelage.objectives.constrained import PidMultiplier
@@ -62,6 +63,7 @@ class Workbench:
     adapter: Adapter | FullWeights
     panel: Panel
     progress: Progress
+    judges: Sequence[ComparingJudge] = ()
     version: str = "start"
     multiplier: PidMultiplier = dataclasses.field(init=False)
     completer: LocalCompleter = dataclasses.field(init=False)

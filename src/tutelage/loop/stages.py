@@ -56,6 +56,12 @@ def judge(
             verdicts = [text_verdict(r, prompt.hash) for r in replies]
             terms["text"] = [v.value for v in verdicts]
             findings.verdicts.extend(verdicts)
+    for one in bench.judges:
+        bench.progress.stage(f"{unit.name}: {one.name}", len(prompts), "prompts")
+        for terms, given in zip(findings.terms_PKG, one.judge(prompts, replies_PG), strict=True):
+            terms[one.name] = [v.value for v in given]
+            findings.verdicts.extend(given)
+        bench.progress.advance(len(prompts))
     unit.verdicts(findings.verdicts)
     bench.progress.advance()
     return findings
@@ -63,9 +69,11 @@ def judge(
 
 def reward(bench: Workbench, findings: Findings, replies_PG: Sequence[Sequence[Generation]]) -> list[list[Reward]]:
     """Compose each group's terms into rewards."""
-    weights = bench.recipe.rewards.model_dump()
+    own = {j.name: j.weight for j in bench.recipe.judges}
+    weights = bench.recipe.rewards.model_dump() | own
+    essential = (*_ESSENTIAL, *own)
     return [
-        compose([r.id for r in replies], terms, weights, costs, essential=_ESSENTIAL)
+        compose([r.id for r in replies], terms, weights, costs, essential=essential)
         for replies, terms, costs in zip(replies_PG, findings.terms_PKG, findings.costs_PG, strict=True)
     ]
 
@@ -170,7 +178,7 @@ def figures(findings: Findings, rewards_PG: Sequence[Sequence[Reward]]) -> dict[
         "missing_rewards": sum(r.total is None for r in flat),
         "dead_groups": sum(len({r.total for r in g}) <= 1 for g in rewards_PG),
     }
-    for name in ("fit", "principles", "consistency", "text"):
+    for name in dict.fromkeys(k for r in flat for k in r.raw):
         known = [v for r in flat if (v := r.raw.get(name)) is not None]
         if known:
             out[f"term_{name}"] = sum(known) / len(known)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar, get_args
 from tutelage.errors import InputError
 from tutelage.records import Kind, Message, Prompt, SuiteItem, content_hash
 
-__all__ = ["read_prompts", "read_suite"]
+__all__ = ["check_path", "conversation_of", "json_rows", "read_prompts", "read_suite"]
 
 _T = TypeVar("_T")
 _Rows = Iterator[tuple[int, Mapping[str, Any]]]
@@ -75,13 +75,13 @@ def _read(
     """Place, fields and prompt of each row; refuses doubles and a file without any prompt."""
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}", expected="1 or more", fix="leave the limit out to read all")
-    _check_path(path, readers)
+    check_path(path, readers)
     unit = "row" if path.suffix.lower() == ".parquet" else "line"
     seen: dict[tuple[tuple[str, str], ...], int] = {}
     ids: dict[str, int] = {}
     for number, fields in itertools.islice(readers[path.suffix.lower()](path), limit):
         place = f"{path}, {unit} {number}"
-        messages = _conversation(place, fields)
+        messages = conversation_of(place, fields)
         first = seen.setdefault(tuple((m.role, m.content.strip()) for m in messages), number)
         name = _name(place, fields, "id") or _fresh_id(messages, ids)
         holder = ids.setdefault(name, number)
@@ -95,7 +95,8 @@ def _read(
         raise InputError(f"{path} holds no prompts", expected="at least one", fix="add prompts to the file")
 
 
-def _check_path(path: Path, accepted: Iterable[str]) -> None:
+def check_path(path: Path, accepted: Iterable[str]) -> None:
+    """Refuse a path that is no readable file with one of these endings."""
     try:
         if path.is_dir():
             problem, fix = "is a directory", "give the path of one file in it"
@@ -131,7 +132,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise _unreadable(path, error) from error
 
 
-def _json_rows(path: Path) -> _Rows:
+def json_rows(path: Path) -> _Rows:
+    """Numbered objects of a JSONL file; a bare string is a prompt."""
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -193,7 +195,7 @@ def _parquet_rows(path: Path) -> _Rows:
         raise InputError(problem, expected="Parquet", fix="write or download the file again") from error
 
 
-_LINES: dict[str, _Reader] = dict.fromkeys((".jsonl", ".ndjson", ".json"), _json_rows)
+_LINES: dict[str, _Reader] = dict.fromkeys((".jsonl", ".ndjson", ".json"), json_rows)
 _READERS: dict[str, _Reader] = {**_LINES, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
@@ -209,7 +211,7 @@ def _columns(path: Path, names: Sequence[str]) -> list[str]:
     return used
 
 
-def _conversation(place: str, fields: Mapping[str, Any]) -> tuple[Message, ...]:
+def conversation_of(place: str, fields: Mapping[str, Any]) -> tuple[Message, ...]:
     """The row's messages, from the first key that holds any; the last one is the user's."""
     key = next((k for k in _TURN_KEYS if fields.get(k) is not None), None)
     if key is None:

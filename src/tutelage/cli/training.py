@@ -1,59 +1,30 @@
-"""The command line: parse, build, call. Nothing heavy is imported before a command runs."""
+"""Commands around runs: play, measure, talk, report, check, fetch, export."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import Parameter
 
-from tutelage import __version__
-from tutelage.errors import InputError, Interrupted, TutelageError
-
-__all__ = ["app", "main"]
-
-_EPILOGUE = """
-Exit codes: 0 done, 2 wrong use, 3 a gate rejected, 4 a judge was refused, 5 budget spent,
-130 interrupted and resumable.
-"""
-
-app = App(
-    name="tutelage",
-    version=__version__,
-    help="Teach a language model with feedback from AI, prove that it got better, and see why.",
-    help_epilogue=_EPILOGUE,
-    help_format="plaintext",
-    suppress_keyboard_interrupt=False,  # `main` says how to go on
-)
-
-
-def _Help(text: str, **more: Any) -> Parameter:
-    return Parameter(help=text, **more)
-
-
-_MODEL = "embedded name, Hugging Face directory, GGUF file or hub name"
-RecipeName = Annotated[str, _Help("built-in name or TOML file")]
-Model = Annotated[str | None, _Help(_MODEL)]
-Prompts = Annotated[str | None, _Help("training prompts as JSONL, CSV or Parquet")]
-Values = Annotated[str | None, _Help("constitution: TOML file of principles")]
-Longest = Annotated[int, _Help("longest reply, in tokens")]
-Newest = Annotated[str | None, _Help("run (default: the newest)")]
-Json = Annotated[bool, Parameter(name="--json", negative="", help="print JSON for machines")]
-Runs = Annotated[Path, Parameter(name="--runs", help="folder that holds runs")]
-Set = Annotated[
-    list[str] | None,
-    Parameter(name="--set", negative="", help="override a key of the recipe: key=value; repeatable"),
-]
-
-
-def _print(value: Any, as_json: bool, lines: Callable[[], Sequence[str]]) -> None:
-    if as_json:
-        print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-    else:
-        print("\n".join(lines()))
+from tutelage.cli.common import (
+    MODEL_HELP,
+    Json,
+    Longest,
+    Model,
+    Newest,
+    Prompts,
+    RecipeName,
+    Runs,
+    Set,
+    Values,
+    app,
+    help_,
+    show,
+)  # fmt: skip
+from tutelage.errors import TutelageError
 
 
 @app.command
@@ -64,10 +35,10 @@ def run(
     prompts: Prompts = None,
     constitution: Values = None,
     set_: Set = None,
-    name: Annotated[str | None, _Help("name of the run's folder")] = None,
+    name: Annotated[str | None, help_("name of the run's folder")] = None,
     runs: Runs = Path("runs"),
     resume: Annotated[
-        bool, _Help("continue the newest run, or the named one; only limits can be changed with --set", negative="")
+        bool, help_("continue the newest run, or the named one; only limits can be changed with --set", negative="")
     ] = False,
     as_json: Json = False,
 ) -> int:
@@ -90,7 +61,7 @@ def run(
             runs=runs, resume=resume, progress=progress,
         )  # fmt: skip
     folder = runs / str(result.summary["run"])
-    _print(result.summary, as_json, lambda: _outcome_lines(result.summary, folder))
+    show(result.summary, as_json, lambda: _outcome_lines(result.summary, folder))
     return 0 if result.decision == "promoted" else 3
 
 
@@ -117,14 +88,14 @@ def _table(rows: Sequence[tuple[str, Any, Any, Any, Any, int]]) -> list[str]:
 
 @app.command
 def evaluate(
-    model: Annotated[str, _Help(f"a run's name, or a model: {_MODEL}")],
+    model: Annotated[str, help_(f"a run's name, or a model: {MODEL_HELP}")],
     *,
     suite: Annotated[str, Parameter(help="JSONL file, or builtin:honesty-gate")],
-    against: Annotated[str | None, _Help("a second model; the differences are paired, item by item")] = None,
-    system: Annotated[str | None, _Help("a system prompt put before every question")] = None,
+    against: Annotated[str | None, help_("a second model; the differences are paired, item by item")] = None,
+    system: Annotated[str | None, help_("a system prompt put before every question")] = None,
     max_new_tokens: Longest = 32,
-    limit: Annotated[int | None, _Help("only the first items")] = None,
-    out: Annotated[Path | None, _Help("file for figures and answers as JSON")] = None,
+    limit: Annotated[int | None, help_("only the first items")] = None,
+    out: Annotated[Path | None, help_("file for figures and answers as JSON")] = None,
     runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> int:
@@ -144,7 +115,7 @@ def evaluate(
             model, suite=suite, against=against, runs=runs, system=system, max_new_tokens=max_new_tokens,
             limit=limit, out=out, progress=progress,
         )  # fmt: skip
-    _print(found.as_dict(), as_json, lambda: _measured_lines(found))
+    show(found.as_dict(), as_json, lambda: _measured_lines(found))
     return 0
 
 
@@ -169,7 +140,7 @@ def _measured_lines(found: Any) -> list[str]:
 def chat(
     name: Newest = None,
     *,
-    prompt: Annotated[str | None, _Help("ask this one question and leave")] = None,
+    prompt: Annotated[str | None, help_("ask this one question and leave")] = None,
     max_new_tokens: Longest = 64,
     runs: Runs = Path("runs"),
     as_json: Json = False,
@@ -201,7 +172,7 @@ def report(name: Newest = None, *, runs: Runs = Path("runs"), as_json: Json = Fa
     opened = Run.open(api.open_run(name, runs), write=False)
     path = write_report(opened)
     opened.close()
-    _print({"report": str(path)}, as_json, lambda: [str(path)])
+    show({"report": str(path)}, as_json, lambda: [str(path)])
     return 0
 
 
@@ -241,7 +212,7 @@ def list_(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
         + (r["error"] if "error" in r else f"{r['last_unit']:<12}{r['seconds']:>8} s  {r['model']}")
         for r in rows
     ]
-    _print(rows, as_json, lambda: lines or [f"no runs in {runs}"])
+    show(rows, as_json, lambda: lines or [f"no runs in {runs}"])
     return 0
 
 
@@ -266,7 +237,7 @@ def validate(
 
     chosen = load_recipe(recipe, set_ or (), model=model, prompts=prompts, constitution=constitution)
     found = forecast(chosen)
-    _print(found, as_json, lambda: forecast_lines(found))
+    show(found, as_json, lambda: forecast_lines(found))
     return 0
 
 
@@ -282,7 +253,7 @@ def fetch(*, as_json: Json = False) -> int:
     names = (weights.EMBEDDED_POLICY, weights.EMBEDDED_ENCODER)
     say = (lambda text: print(text, file=sys.stderr)) if as_json else print
     found = {name: str(weights.fetch(name, say=say)) for name in names}
-    _print(found, as_json, lambda: [f"{n}: {p}" for n, p in found.items()])
+    show(found, as_json, lambda: [f"{n}: {p}" for n, p in found.items()])
     return 0
 
 
@@ -296,7 +267,7 @@ def doctor(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
     from tutelage.studio.doctor import examine
 
     checks = examine(runs)
-    _print(
+    show(
         checks,
         as_json,
         lambda: [f"{'ok  ' if c['ok'] else 'FAIL'} {c['what']}: {c['found']}" for c in checks],
@@ -306,7 +277,7 @@ def doctor(*, runs: Runs = Path("runs"), as_json: Json = False) -> int:
 
 @app.command
 def export(
-    name: Annotated[str, _Help("run")],
+    name: Annotated[str, help_("run")],
     *,
     merged: Annotated[Path, Parameter(help="new folder for the merged model")],
     runs: Runs = Path("runs"),
@@ -320,37 +291,5 @@ def export(
     from tutelage import api
 
     path = api.export(name, merged=merged, runs=runs)
-    _print({"merged": str(path)}, as_json, lambda: [f"merged model: {path}"])
+    show({"merged": str(path)}, as_json, lambda: [f"merged model: {path}"])
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in words
-    try:
-        code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
-    except CycloptsError as error:
-        wrong = InputError(str(error), expected="words that `tutelage --help` and `tutelage COMMAND --help` list")
-        _complain(wrong, as_json)
-        code = wrong.exit_code
-    except KeyboardInterrupt:
-        stop = Interrupted("interrupted; what is finished is kept", fix="continue with: tutelage run --resume")
-        _complain(stop, as_json)
-        code = stop.exit_code
-    except TutelageError as error:
-        _complain(error, as_json)
-        code = error.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _complain(error: TutelageError, as_json: bool) -> None:
-    if as_json:
-        body = {"error": type(error).__name__, "got": error.got, "expected": error.expected, "fix": error.fix}
-        print(json.dumps(body, ensure_ascii=False), file=sys.stderr)
-    else:
-        print(f"tutelage: {error}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

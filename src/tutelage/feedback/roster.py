@@ -1,0 +1,85 @@
+"""From a recipe or a few words to a judge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutelage.config import Judge
+from tutelage.engines.answers import CachedEngine
+from tutelage.engines.choose import open_engine
+from tutelage.feedback.constitution import Constitution
+from tutelage.feedback.judge_prompt import load_judge_prompt
+from tutelage.feedback.judges import Listwise, Pairwise, Pointwise
+from tutelage.feedback.model_judge import CodeJudge, ComparingJudge, ModelJudge
+
+if TYPE_CHECKING:
+    from tutelage.engines.load import LanguageModel
+
+__all__ = ["judge_of", "open_judge"]
+
+_CODE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+_KINDS = ("pairwise", "pointwise", "listwise", "critic")
+
+
+def judge_of(spec: str) -> Judge:
+    """A judge in a few words: [KIND=]MODEL, or package.module:name.
+
+    Examples: `smollm2-135m-instruct`, `pointwise=judge.gguf`, `listwise=gpt-x@http://127.0.0.1:8000`,
+    `critic=toxicity.safetensors`, `my_judges:polite`.
+
+    Raises:
+        ValueError: It makes no sense (pydantic's message says why).
+    """
+    if _CODE.match(spec):
+        return Judge(name=_name(spec), kind=spec)
+    kind, sign, model = spec.partition("=")
+    if not sign or kind not in _KINDS:
+        kind, model = "pairwise", spec
+    return Judge(name=_name(model if kind == "pairwise" else f"{kind}-{Path(model).name}"), kind=kind, model=model)
+
+
+def _name(spec: str) -> str:
+    bare = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(spec.split("@")[0]).name.removesuffix(".gguf")).strip("-")
+    return bare if bare[:1].isalpha() else f"judge-{bare}"
+
+
+def open_judge(
+    spec: Judge,
+    constitution: Constitution | None,
+    *,
+    answers: Path | None = None,
+    own: tuple[str, LanguageModel, Callable[[], AbstractContextManager[object]]] | None = None,
+) -> ComparingJudge:
+    """Load what a judge needs.
+
+    Args:
+        spec: The judge.
+        constitution: Principles, for judges that are to judge by them.
+        answers: File of answers already given; None asks everything anew.
+        own: As in `open_engine`.
+
+    Raises:
+        ModelError, RecipeError, InputError: Something it needs is missing or broken.
+    """
+    if ":" in spec.kind:
+        return CodeJudge(spec.name, spec.kind)
+    if spec.kind == "critic":
+        from tutelage.feedback.text_critic import open_critic_judge
+
+        return open_critic_judge(spec.name, Path(spec.model).expanduser(), own=own)
+    words = load_judge_prompt(spec.prompt or f"builtin:{spec.kind}")
+    engine = open_engine(spec.model, own=own)
+    if answers is not None:
+        engine = CachedEngine(engine, answers)
+    rules = None if spec.principles == "none" else constitution
+    each = spec.principles == "each" and rules is not None
+    how: Pairwise | Pointwise | Listwise
+    if spec.kind == "listwise":
+        how = Listwise(words, rules, each=each, rotations=spec.rotations)
+    else:
+        how = (Pairwise if spec.kind == "pairwise" else Pointwise)(words, rules, each=each, thoughts=spec.thoughts)
+    return ModelJudge(spec.name, how, engine, opponents=spec.opponents)
