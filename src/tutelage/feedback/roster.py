@@ -35,7 +35,7 @@ def judge_of(spec: str) -> Judge:
         ValueError: It makes no sense (pydantic's message says why).
     """
     if _CODE.match(spec):
-        return Judge(name=_name(spec), kind=spec)
+        return Judge(name=spec.rpartition(":")[2], kind=spec)
     kind, sign, model = spec.partition("=")
     if not sign or kind not in _KINDS:
         kind, model = "pairwise", spec

@@ -25,7 +25,7 @@ __all__ = ["gather"]
 
 Rows = Sequence[Mapping[str, Any]]
 _KINDS: tuple[Kind, ...] = ("answerable", "unanswerable", "ambiguous")
-_KNOWN_NOTES = {"constitution", "critic", "pieces", "self_view", "failures"}
+_KNOWN_NOTES = {"constitution", "critic", "judges", "pieces", "self_view", "failures"}
 
 
 def gather(run: Run, caps: Caps | None = None) -> ReportData:
@@ -79,6 +79,7 @@ def gather(run: Run, caps: Caps | None = None) -> ReportData:
         facts=_facts(summary, units, run),
         hashes=_hashes(run, summary, constitution, judged)[: caps.lines],
         critic=tuple((k, float(v)) for k, v in _last_mapping(notes, "critic").items() if isinstance(v, int | float)),
+        checks=_checks(notes.get("judges", []), caps),
         notes=_other_notes(notes, caps),
         recipe=run.recipe.to_toml(),
         caps=caps,
@@ -96,6 +97,16 @@ def _notes(ledger: Ledger) -> dict[str, list[Any]]:
     for note in ledger.rows("notes"):
         found.setdefault(note["topic"], []).append(note["body"])
     return found
+
+
+def _checks(bodies: Sequence[Any], caps: Caps) -> tuple[tuple[str, str, Text], ...]:
+    """Name, outcome of the check and why, of the run's own judges."""
+    rows = [j for body in bodies if isinstance(body, list) for j in body if isinstance(j, Mapping)]
+    return tuple(
+        (str(j.get("name", "")), str(j.get("outcome", "")),
+         clip("; ".join(map(str, j.get("why") or [])), 2 * caps.characters))
+        for j in rows[: caps.lines]
+    )  # fmt: skip
 
 
 def _last_mapping(notes: Mapping[str, list[Any]], topic: str) -> Mapping[str, Any]:

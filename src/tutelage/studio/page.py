@@ -108,6 +108,7 @@ class ReportData:
     facts: tuple[tuple[str, str | float | int | None, str], ...]
     hashes: tuple[tuple[str, str], ...]
     critic: tuple[tuple[str, float], ...]
+    checks: tuple[tuple[str, str, Text], ...]
     notes: tuple[tuple[str, Text], ...]
     recipe: str
     caps: Caps
