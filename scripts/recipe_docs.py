@@ -88,10 +88,22 @@ def _sections() -> Iterator[tuple[str, str, list[tuple[str, Mapping[str, Any]]]]
     """(section, its docstring, its (key, JSON schema) pairs); the first section, "", is the top level."""
     schema = Recipe.model_json_schema()
     inner = {k: v for k, v in schema["properties"].items() if "$ref" in v}
-    yield "", str(schema["description"]), [(k, v) for k, v in schema["properties"].items() if k not in inner]
+    listed = {k for k, v in schema["properties"].items() if "$ref" in v.get("items", {})}
+    top = [(k, v) for k, v in schema["properties"].items() if k not in inner and k not in listed]
+    yield "", str(schema["description"]), top
     for name, link in inner.items():
         section = schema["$defs"][link["$ref"].rpartition("/")[2]]
         yield name, str(section["description"]), list(section["properties"].items())
+
+
+def _lists() -> Iterator[tuple[str, str, list[tuple[str, Mapping[str, Any]]]]]:
+    """The same of what may stand any number of times: [[judges]]."""
+    schema = Recipe.model_json_schema()
+    for name, field in schema["properties"].items():
+        link = field.get("items", {}).get("$ref")
+        if link:
+            one = schema["$defs"][link.rpartition("/")[2]]
+            yield name, str(one["description"]), list(one["properties"].items())
 
 
 def _allowed(field: Mapping[str, Any]) -> str:
@@ -145,6 +157,15 @@ def reference() -> str:
             shown = "not set" if value is None else f"`{_toml(value)}`"
             rows.append(f"| `{key}` | {shown} | {_allowed(field)} | {field['description']} |")
         parts.append("\n".join(rows) + "\n")
+    for name, about, fields in _lists():
+        parts.append(
+            f"## `[[{name}]]`\n\n{about}\n\nAny number of them; none is the default. See [Judges](judges.md).\n"
+        )
+        rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
+        for key, field in fields:
+            shown = f"`{_toml(field['default'])}`" if "default" in field else "must be given"
+            rows.append(f"| `{key}` | {shown} | {_allowed(field)} | {field['description']} |")
+        parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
@@ -162,6 +183,12 @@ def commented_recipe() -> str:
             value = _default(f"{section}.{key}" if section else key, recipe)
             lines.append(f"# {field['description']} ({_allowed(field)})")
             lines.append(f"# {key} is not set" if value is None else f"{key} = {_toml(value)}")
+    for name, about, _ in _lists():
+        lines += [
+            "",
+            f"# {about.splitlines()[0]}",
+            f"# [[{name}]] may stand here any number of times; docs/recipe.md has its keys",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -52,6 +52,8 @@ def other_value(key: str) -> str:
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is typing.Literal:
         return f'"{next(c for c in typing.get_args(kind) if c != default)}"'
+    if key == "judges":
+        return '[{name = "mine", kind = "my_judges:polite"}]'
     if typing.get_origin(kind) is tuple:
         return '["text"]'
     if kind is bool:

@@ -31,7 +31,7 @@ MAX_CORE_DEPENDENCIES = 15
 MAX_HELP_SECONDS = 0.3
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 NO_BLIND_EXCEPT = ("feedback", "rewards", "credit", "objectives")
-NO_TORCH = ("errors.py", "records.py", "config.py", "cli.py", "store", "studio")
+NO_TORCH = ("errors.py", "records.py", "config", "cli", "store", "studio")
 # jinja2's own interface is made of markupsafe's type, so it cannot go away alone.
 # threadpoolctl is how scikit-learn itself limits its threads, and comes with it.
 PART_OF = {"markupsafe": "jinja2", "threadpoolctl": "scikit-learn"}
@@ -150,6 +150,9 @@ def test_blind_excepts_are_seen(clause: str):
 
 def test_no_blind_except_where_numbers_are_made():
     found = {where: blind_excepts(source) for where, source in text_of(in_rooms(*NO_BLIND_EXCEPT))}
+    # A user's own judge may fail in any way; whatever it raises becomes an abstention there, and only there.
+    (guarded,) = found.pop("src/tutelage/feedback/model_judge.py")
+    assert guarded
     assert {where: lines for where, lines in found.items() if lines} == {}
 
 

@@ -25,7 +25,16 @@ from tutelage.store.runs import Run, write_atomic
 if TYPE_CHECKING:
     from tutelage.feedback.asking import Opinion
 
-__all__ = ["answers_file", "check_judges", "checked", "parse_judge", "refuse_untrusted", "rejudge"]
+__all__ = [
+    "answers_file",
+    "check_judges",
+    "checked",
+    "free_name",
+    "parse_judge",
+    "refuse_untrusted",
+    "rejudge",
+    "rollouts",
+]
 
 
 def answers_file() -> Path:
@@ -180,10 +189,10 @@ def rejudge(
 
     opened = Run.open(run_folder, write=True)
     try:
-        prompts, replies_PG = _rollouts(opened)
+        prompts, replies_PG = rollouts(opened)
         source = constitution or opened.recipe.feedback.constitution
         rules = load_constitution(data_file(source, suffix="constitutions/*.toml"))
-        with opened.ledger.unit(_next_name(opened), "rejudge") as unit:
+        with opened.ledger.unit(free_name(opened, "rejudge"), "rejudge") as unit:
             if judges:
                 chosen = [open_judge(parse_judge(s), rules, answers=answers_file()) for s in judges]
                 verdicts = _verdicts(chosen, prompts, replies_PG, progress)
@@ -203,13 +212,18 @@ def rejudge(
     return {"run": run_folder.name, "unit": name, "replies": sum(map(len, replies_PG)), "judges": found}
 
 
-def _next_name(run: Run) -> str:
+def free_name(run: Run, stem: str) -> str:
+    """The first of `stem`-1, `stem`-2, ... that no unit of the run has."""
     taken = {u["name"] for u in run.ledger.units()}
-    return next(name for i in range(1, len(taken) + 2) if (name := f"rejudge-{i}") not in taken)
+    return next(name for i in range(1, len(taken) + 2) if (name := f"{stem}-{i}") not in taken)
 
 
-def _rollouts(run: Run) -> tuple[list[Prompt], list[list[Generation]]]:
-    """Prompts with the replies of the rounds, as the ledger keeps them."""
+def rollouts(run: Run) -> tuple[list[Prompt], list[list[Generation]]]:
+    """Prompts with the replies of the rounds, as the ledger keeps them.
+
+    Raises:
+        InputError: There are none.
+    """
     known = {
         row["id"]: Prompt(row["id"], tuple(Message(m["role"], m["content"]) for m in row["messages"]))
         for row in run.ledger.rows("prompts")

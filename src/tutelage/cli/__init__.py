@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cyclopts import CycloptsError
 
 from tutelage.cli import feedback, training
-from tutelage.cli.common import app
+from tutelage.cli.parameters import app
 from tutelage.errors import InputError, Interrupted, TutelageError
 
 __all__ = ["app", "feedback", "main", "training"]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from tutelage.cli.common import Json, Newest, Runs, Values, app, help_, show
+from tutelage.cli.parameters import Json, Newest, Runs, Values, app, help_, show
+
+__all__ = ["check", "judge", "people", "rejudge"]
 
 judge = App(name="judge", help="Check judges before they are trusted.")
+people = App(name="people", help="Labels of people: collect, bring in, hand on.")
 app.command(judge)
+app.command(people)
 
 Judges = Annotated[
     list[str],
@@ -125,3 +129,120 @@ def _rejudged_lines(found: dict[str, Any]) -> list[str]:
             f"{row['changed_sides']} of {row['compared']} changed sides"
         )
     return lines
+
+
+Tasks = Annotated[Path, help_("JSONL of what is to be labelled")]
+Labels = Annotated[Path, help_("JSONL of labels; it only grows")]
+
+
+@people.command
+def label(
+    tasks: Tasks,
+    *,
+    labels: Labels,
+    annotator: Annotated[str, help_("who answers")],
+    seed: Annotated[int, help_("of the orders in which candidates are shown")] = 0,
+    scale: Annotated[int, help_("highest rating")] = 5,
+    as_json: Json = False,
+) -> int:
+    """Ask a person: blind, in random order, with the keyboard only; what was answered is never lost.
+
+    A task has "prompt" and "candidates" (two: compare, more: pick the best) or "response" (rate it).
+
+    Examples to type:
+        tutelage people label pairs.jsonl --labels mine.jsonl --annotator ada
+    """
+    from tutelage.studio.labelling import label as ask
+
+    found = ask(tasks, labels, annotator=annotator, seed=seed, scale=scale)
+    show(found, as_json, lambda: [f"{key.replace('_', ' ')}: {value}" for key, value in found.items()])
+    return 0
+
+
+@people.command(name="import")
+def import_(
+    file: Annotated[Path, help_("JSONL of labels collected elsewhere: votes, TRL preferences, hh-rlhf dialogues")],
+    *,
+    tasks: Annotated[Path, help_("file for the tasks")],
+    labels: Labels,
+    annotator: Annotated[str, help_("name of who is not named")] = "import",
+    as_json: Json = False,
+) -> int:
+    """Bring labels in that were collected elsewhere.
+
+    Examples to type:
+        tutelage people import votes.jsonl --tasks tasks.jsonl --labels labels.jsonl
+    """
+    from tutelage.applications.people import bring_in
+
+    found = bring_in(file, tasks, labels, annotator=annotator)
+    show(found, as_json, lambda: [f"{key.replace('_', ' ')}: {value}" for key, value in found.items()])
+    return 0
+
+
+@people.command(name="export")
+def export_(
+    tasks: Tasks,
+    *,
+    labels: Labels,
+    out: Annotated[Path, help_("file to write")],
+    form: Annotated[
+        Literal["votes", "preference", "unpaired"], help_("everything, or a dataset as TRL's trainers read it")
+    ] = "votes",
+    as_json: Json = False,
+) -> int:
+    """Hand labels on: with all votes, or as preferences with soft labels, or one reply a row.
+
+    Examples to type:
+        tutelage people export tasks.jsonl --labels labels.jsonl --out pairs.jsonl --form preference
+    """
+    from tutelage.applications.people import hand_on
+
+    found = hand_on(tasks, labels, out, form=form)
+    show(found, as_json, lambda: [f"{key.replace('_', ' ')}: {value}" for key, value in found.items()])
+    return 0
+
+
+@people.command(name="tasks")
+def tasks_(
+    name: Newest = None,
+    *,
+    out: Annotated[Path, help_("file for the tasks")],
+    count: Annotated[int, help_("how many pairs")] = 50,
+    seed: Annotated[int, help_("of the choice")] = 0,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Write pairs of a run's replies for people to compare.
+
+    Examples to type:
+        tutelage people tasks honesty-1 --out pairs.jsonl
+    """
+    from tutelage.applications.people import tasks_of_run
+    from tutelage.loop.versions import open_run
+
+    found = tasks_of_run(open_run(name, runs), out, count=count, seed=seed)
+    show(found, as_json, lambda: [f"{found['tasks']} pairs in {out}"])
+    return 0
+
+
+@people.command(name="keep")
+def keep_(
+    name: Newest = None,
+    *,
+    tasks: Tasks,
+    labels: Labels,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Keep people's labels in a run's ledger, as verdicts beside those of its judges.
+
+    Examples to type:
+        tutelage people keep honesty-1 --tasks pairs.jsonl --labels mine.jsonl
+    """
+    from tutelage.applications.people import into_run
+    from tutelage.loop.versions import open_run
+
+    found = into_run(open_run(name, runs), tasks, labels)
+    show(found, as_json, lambda: [f"{found['verdicts']} verdicts kept as '{found['unit']}'"])
+    return 0

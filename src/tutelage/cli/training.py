@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from tutelage.cli.common import (
+from tutelage.cli.parameters import (
     MODEL_HELP,
     Json,
     Longest,
@@ -25,6 +25,8 @@ from tutelage.cli.common import (
     show,
 )  # fmt: skip
 from tutelage.errors import TutelageError
+
+__all__ = ["chat", "doctor", "evaluate", "export", "fetch", "list_", "report", "run", "validate"]
 
 
 @app.command

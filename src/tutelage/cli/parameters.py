@@ -11,6 +11,11 @@ from cyclopts import App, Parameter
 
 from tutelage import __version__
 
+__all__ = [
+    "MODEL_HELP", "Json", "Longest", "Model", "Newest", "Prompts", "RecipeName", "Runs", "Set", "Values", "app",
+    "help_", "show",
+]  # fmt: skip
+
 _EPILOGUE = """
 Exit codes: 0 done, 2 wrong use, 3 a gate rejected, 4 a judge was refused, 5 budget spent,
 130 interrupted and resumable.

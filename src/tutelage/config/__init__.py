@@ -1,0 +1,258 @@
+"""The recipe: the one file that says what a run does. Data only; imports no torch.
+
+Every knob exists once, has a vetted default, and an unknown key is an error that names the nearest
+known one. `Recipe.model_json_schema()` serves editors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from tutelage.config.sections import (
+    Constraint,
+    Credit,
+    Feedback,
+    Gate,
+    Judge,
+    Limits,
+    Lora,
+    Model,
+    Prompts,
+    Rewards,
+    Sampling,
+    Section,
+    Supervised,
+    Update,
+)
+from tutelage.errors import RecipeError
+from tutelage.records import content_hash
+
+__all__ = [
+    "Constraint",
+    "Credit",
+    "Feedback",
+    "Gate",
+    "Judge",
+    "Limits",
+    "Lora",
+    "Model",
+    "Prompts",
+    "Recipe",
+    "Rewards",
+    "Sampling",
+    "Supervised",
+    "Update",
+    "builtin_recipes",
+    "data_file",
+    "load_recipe",
+]
+
+
+class Recipe(Section):
+    """Everything a run does."""
+
+    name: str = Field("honesty", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe")
+    title: str = Field("", description="one line for people")
+    seed: int = Field(0, ge=0, lt=2**31, description="same seed, same weights")
+    model: Model = Model()
+    prompts: Prompts = Prompts()
+    sampling: Sampling = Sampling()
+    feedback: Feedback = Feedback()
+    judges: tuple[Judge, ...] = Field((), description="judges of your own, beside those of [feedback]")
+    rewards: Rewards = Rewards()
+    constraint: Constraint = Constraint()
+    credit: Credit = Credit()
+    lora: Lora = Lora()
+    supervised: Supervised = Supervised()
+    update: Update = Update()
+    gate: Gate = Gate()
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Recipe:
+        if not self.supervised.enabled and self.update.rounds == 0:
+            raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
+        if self.update.rounds and not any(self.rewards.model_dump().values()):
+            raise ValueError("all weights in [rewards] are 0: the rounds would have nothing to learn from")
+        if self.sampling.server and self.sampling.int8:
+            raise ValueError("sampling.int8 and sampling.server exclude each other: a server has its own precision")
+        if self.sampling.server and self.sampling.temperature != 1.0:
+            raise ValueError("sampling.server needs sampling.temperature = 1: servers report log-probs at 1")
+        if self.sampling.server and self.lora.full:
+            raise ValueError("sampling.server and lora.full exclude each other: a server loads adapters, not weights")
+        if not self.feedback.judges and not self.judges:
+            raise ValueError("feedback.judges is empty: without a verdict nothing can be learned")
+        names = [j.name for j in self.judges]
+        if len(set(names)) < len(names):
+            raise ValueError("two [[judges]] have the same name")
+        return self
+
+    @property
+    def hash(self) -> str:
+        """Content hash of the resolved recipe."""
+        return content_hash(self.model_dump(mode="json"))
+
+    def to_toml(self) -> str:
+        """The resolved recipe as TOML, with every default spelled out."""
+        return tomlkit.dumps(_without_none(self.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def data_file(name: str, *, suffix: str) -> Path:
+    """Path of a file of the package, or of the user.
+
+    `builtin:honesty-train` with suffix `questions/.jsonl` style folders is resolved by the caller's
+    `suffix`, for example ``("questions/", ".jsonl")`` joined as ``"questions/*.jsonl"``.
+    """
+    if not name.startswith("builtin:"):
+        return Path(name).expanduser()
+    folder = importlib.resources.files("tutelage") / "data"
+    path = Path(str(folder)) / suffix.replace("*", name.removeprefix("builtin:"))
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*" + path.suffix))
+        raise RecipeError(
+            f"there is no built-in file '{name}'",
+            expected=", ".join(f"builtin:{k}" for k in known) or "a path",
+            fix="check the spelling, or give a path",
+        )
+    return path
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(str(importlib.resources.files("tutelage") / "data" / "recipes"))
+    return {p.stem: p for p in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), **known: str | None) -> Recipe:
+    """Read a recipe by file or built-in name and apply `key=value` overrides.
+
+    Args:
+        source: A TOML file, or the name of a built-in recipe.
+        overrides: Dotted assignments such as ``update.rounds=2``; values are TOML.
+        known: `model`, `prompts` and `constitution` as given on the command line, or None.
+
+    Raises:
+        RecipeError: Missing file, broken TOML, unknown key, wrong type or senseless combination.
+    """
+    data = _read(source)
+    shortcuts = {
+        "model": ("model", "name"),
+        "prompts": ("prompts", "train"),
+        "constitution": ("feedback", "constitution"),
+    }
+    for key, value in known.items():
+        if value is not None:
+            section, field = shortcuts[key]
+            if not isinstance(data.setdefault(section, {}), dict):
+                raise RecipeError(
+                    f"'{section}' in {source} is no section", expected=f"[{section}] with {known_keys_hint(section)}"
+                )
+            data[section][field] = value
+    for text in overrides:
+        _assign(data, text)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, str(source)) from error
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    builtin = builtin_recipes()
+    path = builtin.get(str(source), Path(source).expanduser())
+    if not path.is_file():
+        near = difflib.get_close_matches(str(source), builtin, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "check the path"
+        raise RecipeError(
+            f"there is no recipe file or built-in recipe '{source}'",
+            expected="a .toml file, or one of: " + ", ".join(builtin),
+            fix=hint,
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{path} is not UTF-8 text (byte {error.start})", expected="UTF-8", fix="save the file as UTF-8"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}", expected="TOML", fix="mend that line") from error
+    except OSError as error:
+        raise RecipeError(
+            f"{path} cannot be read: {error.strerror}",
+            expected="a readable file",
+            fix="check its permissions",
+        ) from error
+
+
+def _assign(data: dict[str, Any], text: str) -> None:
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip():
+        raise RecipeError(f"'{text}' is not an assignment", expected="key=value", fix="for example update.rounds=2")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw  # a bare word is a string: quoting it in a shell is a nuisance
+    node = data
+    *path, last = key.strip().split(".")
+    for part in path:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"'{key}' goes below '{part}', which is no section", expected=known_keys_hint(part))
+        node = child
+    node[last] = value
+
+
+def known_keys_hint(section: str) -> str:
+    """The keys of a section, for messages."""
+    field = Recipe.model_fields.get(section)
+    kind = field.annotation if field else None
+    names: Iterable[str] = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
+    return ", ".join(f"{section}.{name}" for name in names) or ", ".join(Recipe.model_fields)
+
+
+def all_keys() -> Mapping[str, Any]:
+    """Every dotted key of a recipe with its default."""
+    found: dict[str, Any] = {}
+    for name, value in Recipe().model_dump().items():
+        if isinstance(value, dict):
+            found.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            found[name] = value
+    return found
+
+
+def _explain(error: ValidationError, source: str) -> RecipeError:
+    """The first complaint of pydantic, in our words, with the nearest known key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        names = [*all_keys(), *Recipe.model_fields]
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+        last = key.rsplit(".", 1)[-1]
+        near = near or [n for n in names if n.rsplit(".", 1)[-1] == last][:1]
+        return RecipeError(
+            f"unknown key '{key}' in {source}{more}",
+            expected=known_keys_hint(key.split(".")[0]),
+            fix=f"did you mean '{near[0]}'?" if near else "remove it",
+        )
+    got = first.get("input")
+    shown = "" if isinstance(got, dict) else f", got {got!r}"
+    return RecipeError(
+        f"'{key or 'recipe'}' in {source}: {first['msg']}{shown}{more}",
+        expected="see `tutelage validate --help` or the recipe's documentation",
+        fix=f"change {key}" if key else "change the recipe",
+    )

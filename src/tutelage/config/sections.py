@@ -1,0 +1,210 @@
+"""The sections of a recipe: every knob once, with its vetted default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "Constraint",
+    "Credit",
+    "Feedback",
+    "Gate",
+    "Judge",
+    "Limits",
+    "Lora",
+    "Model",
+    "Prompts",
+    "Rewards",
+    "Sampling",
+    "Section",
+    "Supervised",
+    "Update",
+]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are errors, nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_yes_for_numbers(cls, data: Any) -> Any:
+        """Otherwise pydantic would read `true` as 1."""
+        for key, value in data.items() if isinstance(data, dict) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{key} is {str(value).lower()}, which is no number")
+        return data
+
+
+class Model(Section):
+    """Which model learns."""
+
+    name: str = Field("smollm2-135m-instruct", description="embedded name, directory, GGUF file or hub name")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto takes what the processor has")
+    hub: bool = Field(False, description="allow a hub name; needs a network and downloads")
+
+
+class Prompts(Section):
+    """Where questions come from. `builtin:NAME` is a file of the package."""
+
+    train: str = Field("builtin:honesty-train", description="JSONL, CSV or Parquet of prompts")
+    gate: str = Field("builtin:honesty-gate", description="suite the gate looks at")
+    heldout: str = Field("builtin:honesty-heldout", description="suite read once, at the end")
+    limit: int | None = Field(None, ge=1, description="use only the first N training prompts")
+    gate_limit: int | None = Field(None, ge=1, description="use only the first N gate items")
+    heldout_limit: int | None = Field(None, ge=1, description="use only the first N held-out items")
+
+
+class Sampling(Section):
+    """How replies are drawn while learning. Evaluation is always greedy."""
+
+    temperature: Positive = Field(1.0, description="of the policy-gradient rollouts")
+    max_new_tokens: Count = Field(24, description="longest reply, in tokens")
+    rows: Count = Field(64, description="decoding batch")
+    int8: bool = Field(False, description="draw rollouts with weights rounded to 8 bits (Llama family)")
+    server: str = Field("", description="URL of a vLLM server that draws the rollouts; empty: this process")
+
+    @property
+    def exact(self) -> bool:
+        """Whether rollouts are drawn by the very model that learns."""
+        return not self.int8 and not self.server
+
+
+class Feedback(Section):
+    """Who judges, and with what."""
+
+    judges: tuple[Literal["consistency", "critic", "constitution", "text"], ...] = Field(
+        ("consistency", "critic", "constitution", "text"), description="judges that give verdicts"
+    )
+    constitution: str = Field("builtin:honesty", description="TOML file of principles")
+    encoder: str = Field("all-minilm-l6-v2", description="sentence encoder: embedded name or directory")
+    critic_questions: str = Field("builtin:critics/honesty-questions", description="labelled questions")
+    critic_replies: str = Field("builtin:critics/honesty-replies", description="labelled replies")
+    same_meaning: Fraction = Field(0.8, description="cosine above which two replies mean the same")
+    min_confidence: Fraction = Field(0.4, description="below this belief the critic abstains")
+    allow_refused: bool = Field(False, description="train although the only judge failed its check")
+    consistency_weight: float = Field(0.15, ge=0.0, description="what consistency adds to the belief, log-odds")
+
+
+class Judge(Section):
+    """A judge of the user's own, as [[judges]]: a model that is asked, code, or a critic from labelled data."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="of the judge and of its reward term")
+    kind: str = Field(
+        "pairwise", description="pairwise, pointwise, listwise, critic, or package.module:name of your code"
+    )
+    model: str = Field("", description="embedded name, directory, GGUF file, MODEL@URL; for a critic its file")
+    prompt: str = Field("", description="judge prompt: TOML file; empty takes the built-in one of the kind")
+    principles: Literal["none", "whole", "each"] = Field("whole", description="how the constitution is judged by")
+    thoughts: int = Field(0, ge=0, le=16, description="reasons written before the verdict, averaged")
+    opponents: Count = Field(2, description="pairwise: replies of its group that each reply is compared with")
+    rotations: Count = Field(2, description="listwise: orders in which a group is shown")
+    weight: Positive = Field(1.0, description="of its term in the reward")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Judge:
+        if self.name in Rewards.model_fields:
+            raise ValueError(f"the name '{self.name}' is that of a built-in reward term")
+        if ":" in self.kind:
+            if self.model or self.prompt:
+                raise ValueError("a judge in code takes neither model nor prompt")
+        elif self.kind not in ("pairwise", "pointwise", "listwise", "critic"):
+            raise ValueError(f"kind is '{self.kind}': pairwise, pointwise, listwise, critic or package.module:name")
+        elif not self.model:
+            raise ValueError(f"judge '{self.name}' names no model")
+        return self
+
+
+class Rewards(Section):
+    """Weights of the reward's terms; each term is normalised within its group first."""
+
+    fit: float = Field(1.0, ge=0.0, description="the reply does what the question calls for (critic)")
+    principles: float = Field(0.5, ge=0.0, description="principles kept, by weight (constitution)")
+    consistency: float = Field(0.2, ge=0.0, description="share of the group that says the same (self-supervision)")
+    text: float = Field(0.2, ge=0.0, description="length, repetition and format")
+
+
+class Constraint(Section):
+    """Keep answerable questions answered: PID-controlled multiplier on over-abstention."""
+
+    enabled: bool = Field(True, description="off is the ablation")
+    limit: Fraction = Field(0.1, description="tolerated share of withheld answers where an answer is due")
+    kp: float = Field(35.0, ge=0.0, description="proportional gain")
+    ki: float = Field(17.5, ge=0.0, description="integral gain")
+    kd: float = Field(1.0, ge=0.0, description="derivative gain")
+    maximum: Positive = Field(20.0, description="largest multiplier")
+
+
+class Credit(Section):
+    """How a reply's advantage is spread over its tokens."""
+
+    method: Literal["attention", "uniform", "last"] = Field("attention", description="where credit goes")
+    beta: Fraction = Field(0.8, description="share that is spread; the rest stays on the last token")
+
+
+class Lora(Section):
+    """The adapter."""
+
+    full: bool = Field(
+        False, description="train whole matrices instead of factors; rank, alpha, start then say nothing"
+    )
+    rank: Count = Field(4, description="r")
+    alpha: Positive = Field(8.0, description="scale is alpha / rank")
+    from_depth: Fraction = Field(0.5, description="layers below this share of the depth are not adapted")
+    start: Literal["critic", "random"] = Field("critic", description="A looks where the critic looks, or at random")
+    targets: tuple[str, ...] = Field((), description="module names; empty is every linear layer")
+
+
+class Supervised(Section):
+    """The first stage: learning from kept and revised replies, so that the new behaviour is ever sampled."""
+
+    enabled: bool = Field(True, description="off is the ablation")
+    samples: Count = Field(3, description="replies a prompt that are judged")
+    temperature: Positive = Field(0.7, description="of those replies")
+    top_k: int = Field(0, ge=0, description="of those replies; 0 is off")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="of those replies; 1 is off")
+    epochs: Count = Field(1, description="passes over the targets")
+    learning_rate: Positive = Field(1e-3, description="peak, after a short warm-up, then linear decay")
+    batch: Count = Field(8, description="targets a step")
+    anchor: float = Field(5.0, ge=0.0, description="weight of the KL to the start on kept answers; 0 imitates them")
+
+
+class Update(Section):
+    """The policy-gradient rounds."""
+
+    objective: Literal["grpo", "rloo"] = Field("grpo", description="which advantage and loss")
+    rounds: int = Field(2, ge=0, description="rounds after the supervised stage")
+    prompts: Count = Field(64, description="prompts a round")
+    samples: int = Field(8, ge=2, description="G, replies a prompt")
+    batch: Count = Field(16, description="prompts an optimiser step")
+    learning_rate: Positive = Field(1.5e-4, description="constant")
+    clip: Positive = Field(0.2, description="epsilon of the ratio clip")
+    kl: float = Field(0.05, ge=0.0, description="weight of the KL term to the start model")
+    importance_cap: Positive = Field(2.0, description="largest importance weight, with sampling.int8 or server")
+    max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
+    token_budget: Count = Field(2048, description="tokens a packed micro-batch holds; bounds memory")
+
+
+class Gate(Section):
+    """What a candidate must show on the gate suite before it is promoted."""
+
+    enabled: bool = Field(True, description="an absent gate rejects: off means no candidate is promoted")
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="of the paired intervals")
+    max_correct_loss: Fraction = Field(0.15, description="correct answers lost must be surely below this")
+    max_known_abstained: Fraction = Field(0.1, description="abstaining where the start model was right, at most")
+
+
+class Limits(Section):
+    """Hard stops."""
+
+    seconds: float | None = Field(None, gt=0, description="stop, resumable, with exit code 5 after this time")
+    memory_gb: Positive = Field(4.0, description="validate warns when its estimate is above this")
