@@ -28,7 +28,7 @@ class LlamaCppEngine:
     Args:
         file: The GGUF file.
         context: Tokens of question and answer together, at most.
-        threads: Processor threads; None takes all.
+        threads: Processor threads; None takes all that this process may use.
 
     Raises:
         ModelError: The extra is not installed, or the file is no model that llama.cpp reads.
@@ -47,7 +47,7 @@ class LlamaCppEngine:
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
-        params.cpuparams.n_threads = threads or os.cpu_count() or 1
+        params.cpuparams.n_threads = threads or _processors()
         params.warmup, params.verbosity = False, -1
         self.name, self.context = file.stem, context
         stat = file.stat()
@@ -109,6 +109,11 @@ def _read(found: Any, question: Question, seconds: float) -> Answer:
         return Answer(failure="llama.cpp gave no token", cost=cost)
     listed = [(str(t["token"]), float(t["logprob"])) for t in tokens[0]["top_logprobs"]]
     return Answer(text, label_logps=label_logps(listed, question.labels), cost=cost)
+
+
+def _processors() -> int:
+    """Processors that this process may use: fewer than the machine's in a container or under taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(file: Path) -> None:
