@@ -17,7 +17,7 @@ from tutelage.records import Answer, Cost, Engine, Question
 
 __all__ = ["CachedEngine"]
 
-_PORTION = 256  # questions after which answers are on disk, whatever happens next
+_PORTION = 64  # questions after which answers are on disk, whatever happens next
 
 
 class CachedEngine:
