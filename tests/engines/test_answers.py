@@ -7,7 +7,7 @@ import math
 import pytest
 
 from tutelage.engines.answers import CachedEngine
-from tutelage.engines.labels import label_logps
+from tutelage.engines.labels import label_logps, openings
 from tutelage.engines.scripted import ScriptedEngine
 from tutelage.errors import BudgetSpent, StoreError
 from tutelage.records import Answer, Message, Question
@@ -69,6 +69,20 @@ def test_a_file_that_is_no_database_is_an_error(tmp_path):
         CachedEngine(ScriptedEngine(lambda _: Answer()), tmp_path / "a.db")
 
 
+def test_what_the_engine_had_when_its_budget_ended_is_kept(tmp_path):
+    class Ended(BudgetSpent):
+        answers = (Answer("paid for"), None)
+
+    def script(_):
+        raise Ended("no more money")
+
+    questions = [question("a"), question("b")]
+    with pytest.raises(BudgetSpent):
+        CachedEngine(ScriptedEngine(script), tmp_path / "a.db").ask(questions)
+    again = CachedEngine(ScriptedEngine(lambda _: Answer("new")), tmp_path / "a.db").ask(questions)
+    assert [a.text for a in again] == ["paid for", "new"]
+
+
 def test_listed_tokens_are_summed_by_label():
     half, quarter, eighth = math.log(0.5), math.log(0.25), math.log(0.125)
     listed = [(" A", half), ("A", quarter), ("**B", eighth), (" the", math.log(0.1))]
@@ -77,9 +91,30 @@ def test_listed_tokens_are_summed_by_label():
     assert math.exp(found["B"]) == pytest.approx(0.125)
 
 
+def test_an_article_is_no_label():
+    found = label_logps([(" a", math.log(0.6)), (" B", math.log(0.3))], ("A", "B"))
+    assert math.exp(found["B"]) == pytest.approx(0.3)
+    assert math.exp(found["A"]) == pytest.approx(0.1)  # what is left over, at most
+
+
+def test_an_unlisted_label_gets_the_most_it_can_have_had():
+    listed = [("A", math.log(0.95)), ("so", math.log(0.001))]
+    assert math.exp(label_logps(listed, ("A", "B"))["B"]) == pytest.approx(0.001)
+    assert label_logps([("so", -0.1)], ("A", "B")) == {"A": -math.inf, "B": -math.inf}
+    assert math.isfinite(label_logps([("A", 0.0)], ("A", "B"))["B"])
+
+
 def test_a_beginning_counts_only_where_it_tells():
     listed = [("un", math.log(0.5)), ("unh", math.log(0.25)), ("help", math.log(0.125))]
     found = label_logps(listed, ("helpful", "unhelpful", "unclear"))
     assert math.exp(found["helpful"]) == pytest.approx(0.125)
     assert math.exp(found["unhelpful"]) == pytest.approx(0.25)
-    assert found["unclear"] == -math.inf
+
+
+def test_a_space_before_the_word_is_a_step_on_the_way():
+    """By hand: a space with 0.8, then A with 0.5: 0.4; and A at once with 0.1."""
+    half = [("A", math.log(0.5)), ("B", math.log(0.25))]
+    places = [(" ", math.log(0.8), [(" ", math.log(0.8)), ("A", math.log(0.1))]), ("A", math.log(0.5), half)]
+    found = label_logps(openings(places), ("A", "B"))
+    assert math.exp(found["A"]) == pytest.approx(0.5)
+    assert math.exp(found["B"]) == pytest.approx(0.2)

@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from tutelage.errors import StoreError
+from tutelage.errors import BudgetSpent, StoreError
 from tutelage.records import Answer, Cost, Engine, Question
 
 __all__ = ["CachedEngine"]
@@ -70,7 +70,11 @@ class CachedEngine:
         keys = list(fresh)
         for start in range(0, len(keys), _PORTION):
             part = keys[start : start + _PORTION]
-            answers = self.engine.ask([fresh[k] for k in part])
+            try:
+                answers = self.engine.ask([fresh[k] for k in part])
+            except BudgetSpent as spent:  # what was paid for is kept
+                self._keep(part, [a or Answer(failure="not asked") for a in getattr(spent, "answers", ())])
+                raise
             known.update(zip(part, answers, strict=True))
             self._keep(part, answers)
         return [known[q.hash] for q in questions]
@@ -93,7 +97,7 @@ class CachedEngine:
 
     def _keep(self, keys: Sequence[str], answers: Sequence[Answer]) -> None:
         rows = []
-        for key, answer in zip(keys, answers, strict=True):
+        for key, answer in zip(keys, answers, strict=False):
             if answer.failure:
                 continue
             body = {k: v for k, v in dataclasses.asdict(answer).items() if k in ("text", "logps", "label_logps")}

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tutelage.engines.labels import label_logps
+from tutelage.engines.labels import Listed, label_logps, openings
 from tutelage.errors import ModelError
 from tutelage.records import Answer, Cost, Question, content_hash
 
 __all__ = ["LlamaCppEngine"]
 
 _LISTED = 64  # likeliest tokens among which labels are looked for
+_FIRST = 2  # some vocabularies put a token of nothing but space before a digit
 
 
 class LlamaCppEngine:
@@ -77,7 +78,7 @@ class LlamaCppEngine:
             turns.append({"role": "assistant", "content": question.opening})
         body: dict[str, Any] = {
             "messages": turns,
-            "max_tokens": 1 if question.labels else question.max_new_tokens,
+            "max_tokens": _FIRST if question.labels else question.max_new_tokens,
             "temperature": question.temperature,
             "seed": question.draw,
             "logprobs": True,
@@ -107,8 +108,12 @@ def _read(found: Any, question: Question, seconds: float) -> Answer:
         return Answer(text, tuple(float(t["logprob"]) for t in tokens), cost=cost)
     if not tokens:
         return Answer(failure="llama.cpp gave no token", cost=cost)
-    listed = [(str(t["token"]), float(t["logprob"])) for t in tokens[0]["top_logprobs"]]
-    return Answer(text, label_logps=label_logps(listed, question.labels), cost=cost)
+    return Answer(text, label_logps=label_logps(openings([_place(t) for t in tokens]), question.labels), cost=cost)
+
+
+def _place(token: Mapping[str, Any]) -> Listed:
+    listed = [(str(t["token"]), float(t["logprob"])) for t in token["top_logprobs"]]
+    return str(token["token"]), float(token["logprob"]), listed
 
 
 def _processors() -> int:
