@@ -163,7 +163,8 @@ def reference() -> str:
         )
         rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
         for key, field in fields:
-            shown = f"`{_toml(field['default'])}`" if "default" in field else "must be given"
+            value = field.get("default")
+            shown = "must be given" if "default" not in field else "not set" if value is None else f"`{_toml(value)}`"
             rows.append(f"| `{key}` | {shown} | {_allowed(field)} | {field['description']} |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)

@@ -98,7 +98,8 @@ def check_judges(
         chosen = parse_judge(spec) if isinstance(spec, str) else spec
         if progress is not None:
             progress.stage(f"check {chosen.name}", len(items), "pairs")
-        judge = open_judge(chosen, rules, answers=None if fresh else answers_file())
+        say = progress.say if progress is not None else lambda _: None
+        judge = open_judge(chosen, rules, answers=None if fresh else answers_file(), say=say)
         row, opinions = audit(judge, items, suite)
         _remember(row)
         rows.append(row)
@@ -194,7 +195,7 @@ def rejudge(
         rules = load_constitution(data_file(source, suffix="constitutions/*.toml"))
         with opened.ledger.unit(free_name(opened, "rejudge"), "rejudge") as unit:
             if judges:
-                chosen = [open_judge(parse_judge(s), rules, answers=answers_file()) for s in judges]
+                chosen = [open_judge(parse_judge(s), rules, answers=answers_file(), say=progress.say) for s in judges]
                 verdicts = _verdicts(chosen, prompts, replies_PG, progress)
             else:
                 bench = set_up(opened, rules, progress)

@@ -96,7 +96,7 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
     critic = _critic(recipe, lm, fingerprint, adapter, encoder, progress)
     panel = Panel(recipe.feedback, constitution, encoder, critic)
     own = (recipe.model.name, lm, adapter.off)  # a judge that is the policy's start model shares its weights
-    judges = [open_judge(j, constitution, answers=answers_file(), own=own) for j in recipe.judges]
+    judges = [open_judge(j, constitution, answers=answers_file(), own=own, say=progress.say) for j in recipe.judges]
     return Workbench(run, lm, adapter, panel, progress, judges)
 
 

@@ -11,12 +11,14 @@ from cyclopts import App, Parameter
 
 from tutelage.cli.parameters import Json, Newest, Runs, Values, app, help_, show
 
-__all__ = ["check", "judge", "people", "rejudge"]
+__all__ = ["check", "critic", "judge", "people", "rejudge"]
 
 judge = App(name="judge", help="Check judges before they are trusted.")
 people = App(name="people", help="Labels of people: collect, bring in, hand on.")
 app.command(judge)
 app.command(people)
+critic = App(name="critic", help="Critics from labelled data.")
+app.command(critic)
 
 Judges = Annotated[
     list[str],
@@ -128,6 +130,50 @@ def _rejudged_lines(found: dict[str, Any]) -> list[str]:
             f"  {name:<24}{row['verdicts']} verdicts, {row['abstained']} abstained, mean {mean}; "
             f"{row['changed_sides']} of {row['compared']} changed sides"
         )
+    return lines
+
+
+@critic.command
+def train(
+    data: Annotated[Path, help_("JSONL, CSV or Parquet of labelled texts or pairs")],
+    *,
+    out: Annotated[Path, help_("file to write: critic.safetensors")],
+    kind: Annotated[
+        Literal["preference", "safety", "toxicity", "factuality", "evidence", "sincerity", "coherence"],
+        help_("what it looks for"),
+    ],
+    features: Annotated[
+        Literal["trunk", "encoder", "both", "words"], help_("what it reads: a model's hidden states, embeddings, words")
+    ] = "both",
+    positive: Annotated[str | None, help_("label that is looked for (default: the kind's own word)")] = None,
+    model: Annotated[str | None, help_("language model whose hidden states are read")] = None,
+    isotonic: Annotated[bool, help_("calibrate by isotonic regression", negative="")] = False,
+    seed: Annotated[int, help_("of split, folds and networks")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Train a critic on labelled data and measure it on a fifth of the rows that it never saw.
+
+    Rows: {"text" or "prompt" and "response" or "claim" and "evidence", "label"}, or for a preference
+    {"prompt", "chosen", "rejected"}. The file serves as a judge: kind = "critic", or --judge critic=FILE.
+
+    Examples to type:
+        tutelage critic train toxic.jsonl --kind toxicity --out toxicity.safetensors
+        tutelage critic train pairs.jsonl --kind preference --features both --out liked.safetensors
+    """
+    from tutelage.engines.weights import EMBEDDED_POLICY
+    from tutelage.feedback.critic_data import Reader
+    from tutelage.feedback.critic_training import train_critic
+
+    reader = Reader.open(features, model=model or EMBEDDED_POLICY)
+    found = train_critic(data, out, kind=kind, reader=reader, positive=positive, isotonic=isotonic, seed=seed)
+    show(found, as_json, lambda: _critic_lines(found))
+    return 0
+
+
+def _critic_lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"{found['file']}: {found['kind']} from {found['rows']} rows, measured on {found['held_out']} unseen"]
+    for name, (value, low, high) in found["quality"].items():
+        lines.append(f"  {name:<24}{value:.3f}  [{low:.3f}, {high:.3f}]")
     return lines
 
 

@@ -109,6 +109,15 @@ class Judge(Section):
     opponents: Count = Field(2, description="pairwise: replies of its group that each reply is compared with")
     rotations: Count = Field(2, description="listwise: orders in which a group is shown")
     weight: Positive = Field(1.0, description="of its term in the reward")
+    prefill: bool = Field(False, description="MODEL@URL: the server lets a question begin the model's turn")
+    parallel: Count = Field(64, description="MODEL@URL: most calls under way at once")
+    calls_per_minute: Positive | None = Field(None, description="MODEL@URL: rate limit")
+    tokens_per_minute: Positive | None = Field(None, description="MODEL@URL: rate limit, read and written")
+    max_calls: Count | None = Field(None, description="MODEL@URL: hard stop, exit code 5; goes on with --resume")
+    max_tokens: Count | None = Field(None, description="MODEL@URL: hard stop")
+    max_money: Positive | None = Field(None, description="MODEL@URL: hard stop, in the unit of the prices")
+    price_in: float = Field(0.0, ge=0.0, description="MODEL@URL: price of a million tokens read")
+    price_out: float = Field(0.0, ge=0.0, description="MODEL@URL: price of a million tokens written")
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Judge:

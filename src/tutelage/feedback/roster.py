@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tutelage.config import Judge
 from tutelage.engines.answers import CachedEngine
-from tutelage.engines.choose import open_engine
+from tutelage.engines.choose import Own, open_engine
 from tutelage.feedback.constitution import Constitution
 from tutelage.feedback.judge_prompt import load_judge_prompt
 from tutelage.feedback.judges import Listwise, Pairwise, Pointwise
 from tutelage.feedback.model_judge import CodeJudge, ComparingJudge, ModelJudge
-
-if TYPE_CHECKING:
-    from tutelage.engines.load import LanguageModel
 
 __all__ = ["judge_of", "open_judge"]
 
@@ -52,7 +47,8 @@ def open_judge(
     constitution: Constitution | None,
     *,
     answers: Path | None = None,
-    own: tuple[str, LanguageModel, Callable[[], AbstractContextManager[object]]] | None = None,
+    own: Own | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> ComparingJudge:
     """Load what a judge needs.
 
@@ -61,6 +57,7 @@ def open_judge(
         constitution: Principles, for judges that are to judge by them.
         answers: File of answers already given; None asks everything anew.
         own: As in `open_engine`.
+        say: Hears of a server's outages.
 
     Raises:
         ModelError, RecipeError, InputError: Something it needs is missing or broken.
@@ -68,11 +65,11 @@ def open_judge(
     if ":" in spec.kind:
         return CodeJudge(spec.name, spec.kind)
     if spec.kind == "critic":
-        from tutelage.feedback.text_critic import open_critic_judge
+        from tutelage.feedback.critic_judge import open_critic
 
-        return open_critic_judge(spec.name, Path(spec.model).expanduser(), own=own)
+        return open_critic(spec.name, Path(spec.model).expanduser(), **({"model": own[0]} if own else {}))
     words = load_judge_prompt(spec.prompt or f"builtin:{spec.kind}")
-    engine = open_engine(spec.model, own=own)
+    engine = open_engine(spec, own=own, say=say)
     if answers is not None:
         engine = CachedEngine(engine, answers)
     rules = None if spec.principles == "none" else constitution
