@@ -108,7 +108,7 @@ class Recipe(Section):
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return value
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def data_file(name: str, *, suffix: str) -> Path:
