@@ -131,7 +131,12 @@ def test_figures_recompute(played: World, unit: str) -> None:
     due = [k["answerable"] if k["answerable"] == max(k.values()) else 0.0 for k in kinds]
     paid = sum(d for d, a in zip(due, acts, strict=True) if max(a, key=lambda act: a[act]) != "answers")
     # Beliefs are kept to four digits.
-    assert rollout["cost"] == pytest.approx(paid / sum(due) if sum(due) else 0.0, abs=1e-3)
+    assert rollout["cost_sampled"] == pytest.approx(paid / sum(due) if sum(due) else 0.0, abs=1e-3)
+    (watched,) = [n["body"] for n in played.rows("notes", unit=unit) if n["topic"] == "watched"]
+    assert len({name for name, *_ in watched}) == len(watched) > 0
+    paid = sum(due for _, _, due, act in watched if act != "answers")
+    total = sum(due for _, _, due, _ in watched)
+    assert rollout["cost"] == pytest.approx(paid / total if total else 0.0, abs=1e-3)
 
 
 def test_the_documented_figures_of_a_rollout_are_there(played: World) -> None:

@@ -147,6 +147,7 @@ class Constraint(Section):
 
     enabled: bool = Field(True, description="off is the ablation")
     limit: Fraction = Field(0.1, description="tolerated share of withheld answers where an answer is due")
+    questions: Count = Field(512, description="training questions whose greedy replies the cost is measured on")
     kp: float = Field(35.0, ge=0.0, description="proportional gain")
     ki: float = Field(17.5, ge=0.0, description="integral gain")
     kd: float = Field(1.0, ge=0.0, description="derivative gain")

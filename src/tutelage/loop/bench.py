@@ -64,6 +64,7 @@ class Workbench:
     panel: Panel
     progress: Progress
     judges: Sequence[ComparingJudge] = ()
+    watched: Sequence[Prompt] = ()
     version: str = "start"
     multiplier: PidMultiplier = dataclasses.field(init=False)
     completer: LocalCompleter = dataclasses.field(init=False)

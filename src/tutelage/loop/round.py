@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tutelage.errors import NothingToLearn
 from tutelage.loop.bench import Workbench
-from tutelage.loop.stages import advantages, figures, generate, judge, reward, spread_credit, update
+from tutelage.loop.stages import advantages, figures, generate, judge, reward, spread_credit, update, watch
 from tutelage.records import Prompt
 from tutelage.store.ledger import Unit
 
@@ -29,9 +29,12 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
 
     seen = figures(findings, rewards_PG)
     if bench.recipe.constraint.enabled:
+        seen["cost"] = watch(bench, unit)
         bench.multiplier.update(seen["cost"])
     unit.metrics(number, "rollout", seen | {"multiplier": bench.multiplier.value})
-    bench.progress.figures(cost=seen["cost"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"])
+    bench.progress.figures(
+        cost=seen["cost_sampled"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"]
+    )
 
     advantage_PG = advantages(bench, rewards_PG)
     if not bool((advantage_PG != 0).any()):

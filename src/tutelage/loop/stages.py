@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ from tutelage.rewards.compose import compose
 from tutelage.rewards.terms import text_verdict
 from tutelage.store.ledger import Unit
 
-__all__ = ["advantages", "figures", "generate", "judge", "reward", "spread_credit", "update"]
+__all__ = ["advantages", "figures", "generate", "judge", "reward", "share_withheld", "spread_credit", "update", "watch"]
 
 # Terms with an opinion on content: text terms alone must not train.
 _ESSENTIAL = ("fit", "principles", "consistency")
@@ -190,10 +190,43 @@ def figures(findings: Findings, rewards_PG: Sequence[Sequence[Reward]]) -> dict[
     entropies = [s.entropy for s in findings.spreads if s.entropy is not None]
     if entropies:
         out["semantic_entropy"] = sum(entropies) / len(entropies)
-    # Of what is held answerable, the share withheld: the constrained quantity. Counted by what each reply most
-    # likely does: probabilities have a floor (an answer is seldom surely one), and no limit would ever be met.
-    held = [(b.answer_due, g) for b, g in zip(findings.beliefs, findings.acts_PG, strict=True) if b]
-    due = sum(weight * len(g) for weight, g in held)
-    paid = sum(weight * sum(max(a, key=lambda act: a[act]) != "answers" for a in g) for weight, g in held)
-    out["cost"] = paid / due if due else 0.0
+    dues = [(b.answer_due, act) for b, g in zip(findings.beliefs, findings.acts_PG, strict=True) if b for act in g]
+    out["cost_sampled"] = share_withheld(dues)
     return out
+
+
+def share_withheld(dues: Sequence[tuple[float, Mapping[str, float]]]) -> float:
+    """Of what is held answerable, the share withheld: the constrained quantity.
+
+    Counted by what each reply most likely does: probabilities have a floor (an answer is seldom surely
+    one), and no limit would ever be met.
+
+    Args:
+        dues: To what degree an answer is due, and the probability of each act of the reply.
+    """
+    due = sum(weight for weight, _ in dues)
+    paid = sum(weight for weight, act in dues if max(act, key=lambda a: act[a]) != "answers")
+    return paid / due if due else 0.0
+
+
+def watch(bench: Workbench, unit: Unit) -> float:
+    """The share withheld on greedy replies to all watched questions; what the controller sees.
+
+    A round's own replies are drawn, and to few questions: a cost measured on them is off by several
+    points, and the multiplier follows (docs/log.md).
+    """
+    settings = SamplerSettings(0.0, max_new_tokens=bench.recipe.sampling.max_new_tokens)
+    bench.progress.stage(f"{unit.name}: watch", len(bench.watched), "replies")
+    replies = bench.completer.generate(
+        bench.watched, samples=1, settings=settings, seed=0, version=bench.version, progress=bench.progress.advance
+    )
+    with bench.adapter.off():
+        bench.panel.prepare(bench.lm, bench.watched)
+    acts = bench.panel.acts([reply.text for (reply,) in replies])
+    seen = [
+        (prompt.id, reply.text, belief.answer_due, act)
+        for prompt, (reply,), act in zip(bench.watched, replies, acts, strict=True)
+        if (belief := bench.panel.belief(prompt)) is not None
+    ]
+    unit.note("watched", [[name, text, round(due, 4), max(act, key=lambda a: act[a])] for name, text, due, act in seen])
+    return share_withheld([(due, act) for _, _, due, act in seen])
