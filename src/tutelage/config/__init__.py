@@ -17,6 +17,7 @@ import tomlkit
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tutelage.config.sections import (
+    JUDGE_KINDS,
     Constraint,
     Credit,
     Feedback,
@@ -36,6 +37,7 @@ from tutelage.errors import RecipeError
 from tutelage.records import content_hash
 
 __all__ = [
+    "JUDGE_KINDS",
     "Constraint",
     "Credit",
     "Feedback",

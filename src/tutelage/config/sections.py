@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
+    "JUDGE_KINDS",
     "Constraint",
     "Credit",
     "Feedback",
@@ -95,12 +96,15 @@ class Feedback(Section):
     consistency_weight: float = Field(0.15, ge=0.0, description="what consistency adds to the belief, log-odds")
 
 
+JUDGE_KINDS = ("pairwise", "pointwise", "listwise", "sincerity", "critic")
+
+
 class Judge(Section):
     """A judge of the user's own, as [[judges]]: a model that is asked, code, or a critic from labelled data."""
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="of the judge and of its reward term")
     kind: str = Field(
-        "pairwise", description="pairwise, pointwise, listwise, critic, or package.module:name of your code"
+        "pairwise", description="pairwise, pointwise, listwise, sincerity, critic, or package.module:name of your code"
     )
     model: str = Field("", description="embedded name, directory, GGUF file, MODEL@URL; for a critic its file")
     prompt: str = Field("", description="judge prompt: TOML file; empty takes the built-in one of the kind")
@@ -126,8 +130,8 @@ class Judge(Section):
         if ":" in self.kind:
             if self.model or self.prompt:
                 raise ValueError("a judge in code takes neither model nor prompt")
-        elif self.kind not in ("pairwise", "pointwise", "listwise", "critic"):
-            raise ValueError(f"kind is '{self.kind}': pairwise, pointwise, listwise, critic or package.module:name")
+        elif self.kind not in JUDGE_KINDS:
+            raise ValueError(f"kind is '{self.kind}': {', '.join(JUDGE_KINDS)} or package.module:name")
         elif not self.model:
             raise ValueError(f"judge '{self.name}' names no model")
         return self

@@ -6,18 +6,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tutelage.config import Judge
+from tutelage.config import JUDGE_KINDS, Judge
 from tutelage.engines.answers import CachedEngine
 from tutelage.engines.choose import Own, open_engine
 from tutelage.feedback.constitution import Constitution
 from tutelage.feedback.judge_prompt import load_judge_prompt
 from tutelage.feedback.judges import Listwise, Pairwise, Pointwise
 from tutelage.feedback.model_judge import CodeJudge, ComparingJudge, ModelJudge
+from tutelage.feedback.sincerity import SincerityJudge
 
 __all__ = ["judge_of", "open_judge"]
 
 _CODE = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-_KINDS = ("pairwise", "pointwise", "listwise", "critic")
 
 
 def judge_of(spec: str) -> Judge:
@@ -32,7 +32,7 @@ def judge_of(spec: str) -> Judge:
     if _CODE.match(spec):
         return Judge(name=spec.rpartition(":")[2], kind=spec)
     kind, sign, model = spec.partition("=")
-    if not sign or kind not in _KINDS:
+    if not sign or kind not in JUDGE_KINDS:
         kind, model = "pairwise", spec
     return Judge(name=_name(model if kind == "pairwise" else f"{kind}-{Path(model).name}"), kind=kind, model=model)
 
@@ -68,10 +68,12 @@ def open_judge(
         from tutelage.feedback.critic_judge import open_critic
 
         return open_critic(spec.name, Path(spec.model).expanduser(), **({"model": own[0]} if own else {}))
-    words = load_judge_prompt(spec.prompt or f"builtin:{spec.kind}")
+    words = None if spec.kind == "sincerity" else load_judge_prompt(spec.prompt or f"builtin:{spec.kind}")
     engine = open_engine(spec, own=own, say=say)
     if answers is not None:
         engine = CachedEngine(engine, answers)
+    if words is None:
+        return SincerityJudge(spec.name, engine)
     rules = None if spec.principles == "none" else constitution
     each = spec.principles == "each" and rules is not None
     how: Pairwise | Pointwise | Listwise
