@@ -137,6 +137,13 @@ class Cost:
     tokens: int = 0
     money: float = 0.0
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.tokens + other.tokens, self.money + other.money)
+
+    def shared(self, count: int) -> Cost:
+        """The share of one of `count` that it was paid for."""
+        return Cost(self.seconds / count, self.tokens // count, self.money / count)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:

@@ -27,12 +27,7 @@ _THOUGHT = 96  # tokens a reason may take
 
 
 def _cost(answers: Sequence[Answer]) -> Cost:
-    costs = [a.cost for a in answers]
-    return Cost(sum(c.seconds for c in costs), sum(c.tokens for c in costs), sum(c.money for c in costs))
-
-
-def _add(a: Cost, b: Cost) -> Cost:
-    return Cost(a.seconds + b.seconds, a.tokens + b.tokens, a.money + b.money)
+    return sum((a.cost for a in answers), Cost())
 
 
 def _raw(answers: Sequence[Answer]) -> str:
@@ -107,7 +102,7 @@ class _Asking:
             for thought in kept
         ]
         answers = (yield questions) if questions else []
-        cost = _add(cost, _cost(answers))
+        cost = cost + _cost(answers)
         raws.append(_raw(answers))
         following = iter(answers)
         found: list[list[float] | None] = []
@@ -277,7 +272,7 @@ class Listwise(_Asking):
         weights = [w for _, w, _ in self._views for _ in turns]
         offsets = turns * len(self._views)
         heard = [(w, t, x) for w, t, x in zip(weights, offsets, found, strict=True) if x is not None]
-        share = Cost(cost.seconds / count, cost.tokens // count, cost.money / count)
+        share = cost.shared(count)
         if not heard:
             return [Opinion(None, f"abstains: {why}", {}, raw, share) for _ in replies]
         total = math.fsum(w for w, _, _ in heard)

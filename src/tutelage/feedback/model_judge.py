@@ -19,9 +19,9 @@ from tutelage.feedback.asking import Opinion, settle
 from tutelage.feedback.judges import Listwise, Pairwise, Pointwise
 from tutelage.records import Cost, Engine, Generation, Prompt, Verdict, content_hash
 
-__all__ = ["CodeJudge", "ComparingJudge", "ModelJudge", "Pair"]
+__all__ = ["SCALE_ODDS", "CodeJudge", "ComparingJudge", "ModelJudge", "Pair", "difference"]
 
-_ODDS_A_POINT = 4.0  # a rating apart by the whole scale is as sure as log-odds of 4 (98%)
+SCALE_ODDS = 4.0  # a rating apart by the whole scale is as sure as log-odds of 4 (98%)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,14 +91,14 @@ class ModelJudge:
         if isinstance(self.how, Pointwise):
             rate = self.how.rate
             rated = settle(self.engine, [rate(p.prompt, text) for p in pairs for text in (p.first, p.second)])
-            scale = _ODDS_A_POINT
+            scale = SCALE_ODDS
         else:
             rank = self.how.rank
             rated = [
                 o for both in settle(self.engine, [rank(p.prompt, (p.first, p.second)) for p in pairs]) for o in both
             ]
             scale = 1.0
-        return [_difference(a, b, scale) for a, b in zip(rated[::2], rated[1::2], strict=True)]
+        return [difference(a, b, scale) for a, b in zip(rated[::2], rated[1::2], strict=True)]
 
     def _tournaments(
         self, prompts: Sequence[Prompt], generations_PG: Sequence[Sequence[Generation]], how: Pairwise
@@ -132,8 +132,7 @@ class ModelJudge:
 def _record(games: Sequence[tuple[int, float | None, Opinion]]) -> Opinion:
     """A reply's games as one opinion: its mean chance to win against those it met."""
     # Each game is paid by both that met in it.
-    half = [o.cost for _, _, o in games]
-    cost = Cost(sum(c.seconds for c in half) / 2, sum(c.tokens for c in half) // 2, sum(c.money for c in half) / 2)
+    cost = sum((o.cost for _, _, o in games), Cost()).shared(2)
     raw = "\n".join(o.raw for _, _, o in games if o.raw)
     known = [(other, value) for other, value, _ in games if value is not None]
     if not known:
@@ -154,9 +153,9 @@ def _chance(log_odds: float) -> float:
     return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, log_odds))))
 
 
-def _difference(a: Opinion, b: Opinion, scale: float) -> Opinion:
-    """Two opinions on single replies as one on the pair."""
-    cost = Cost(a.cost.seconds + b.cost.seconds, a.cost.tokens + b.cost.tokens, a.cost.money + b.cost.money)
+def difference(a: Opinion, b: Opinion, scale: float) -> Opinion:
+    """Two opinions on single replies as one on the pair; missing when either is."""
+    cost = a.cost + b.cost
     raw = "\n".join(x.raw for x in (a, b) if x.raw)
     if a.value is None or b.value is None:
         return Opinion(None, a.reason if a.value is None else b.reason, {}, raw, cost)
@@ -207,7 +206,7 @@ class CodeJudge:
                 for p in pairs
             ]
             return [_both_orders(ab, ba) for ab, ba in told]
-        return [_difference(self._ask(p.prompt.text, p.first), self._ask(p.prompt.text, p.second), 1.0) for p in pairs]
+        return [difference(self._ask(p.prompt.text, p.first), self._ask(p.prompt.text, p.second), 1.0) for p in pairs]
 
     def _opinion(self, prompt: Prompt, group: Sequence[Generation], i: int) -> Opinion:
         if not self._pairs:
@@ -235,7 +234,7 @@ def _both_orders(ab: Opinion, ba: Opinion) -> Opinion:
         return ab if ab.value is None else ba
     value, position = (ab.value - ba.value) / 2, (ab.value + ba.value) / 2
     evidence = {"position": round(position, 4), "flipped": abs(position) > abs(value)}
-    return Opinion(value, ab.reason, evidence, cost=Cost(ab.cost.seconds + ba.cost.seconds))
+    return Opinion(value, ab.reason, evidence, cost=ab.cost + ba.cost)
 
 
 def _import(where: str) -> Callable[..., Any]:

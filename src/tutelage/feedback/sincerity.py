@@ -19,13 +19,12 @@ from collections.abc import Sequence
 from tutelage.feedback.asking import Opinion, Steps, settle
 from tutelage.feedback.judge_prompt import load_judge_prompt
 from tutelage.feedback.judges import Pointwise
-from tutelage.feedback.model_judge import Pair
-from tutelage.records import Cost, Engine, Generation, Prompt, Verdict, content_hash
+from tutelage.feedback.model_judge import SCALE_ODDS, Pair, difference
+from tutelage.records import Engine, Generation, Prompt, Verdict, content_hash
 
 __all__ = ["SincerityJudge"]
 
 _ALIKE = 0.02  # standard deviation of beliefs below which they say nothing about single replies
-_ODDS = 4.0  # sincerity apart by the whole scale is as sure as log-odds of 4
 
 
 class SincerityJudge:
@@ -55,7 +54,7 @@ class SincerityJudge:
     def compare(self, pairs: Sequence[Pair]) -> list[Opinion]:
         """One opinion a pair: which of the two is more sincere."""
         told = self._opinions([(p.prompt, text) for p in pairs for text in (p.first, p.second)])
-        return [_between(a, b) for a, b in zip(told[::2], told[1::2], strict=True)]
+        return [difference(a, b, SCALE_ODDS) for a, b in zip(told[::2], told[1::2], strict=True)]
 
     def _opinions(self, replies: Sequence[tuple[Prompt, str]]) -> list[Opinion]:
         both = [steps for p, text in replies for steps in (self._belief.rate(p, text), self._stated.rate(p, text))]
@@ -68,7 +67,7 @@ class SincerityJudge:
 
 
 def _sincere(belief: Opinion, stated: Opinion, *, alike: bool) -> Opinion:
-    cost = _sum(belief.cost, stated.cost)
+    cost = belief.cost + stated.cost
     raw = "\n".join(x.raw for x in (belief, stated) if x.raw)
     if belief.value is None or stated.value is None:
         return Opinion(None, belief.reason if belief.value is None else stated.reason, {}, raw, cost)
@@ -85,15 +84,3 @@ def _sincere(belief: Opinion, stated: Opinion, *, alike: bool) -> Opinion:
     )
     reason = f"{how}: sounds certain with {stated.value:.0%}, is believed with {belief.value:.0%}"
     return Opinion(1.0 - abs(gap), reason, evidence, raw, cost)
-
-
-def _between(a: Opinion, b: Opinion) -> Opinion:
-    cost = _sum(a.cost, b.cost)
-    if a.value is None or b.value is None:
-        return Opinion(None, a.reason if a.value is None else b.reason, {}, a.raw, cost)
-    evidence = {"first": round(a.value, 4), "second": round(b.value, 4)}
-    return Opinion(_ODDS * (a.value - b.value), f"first {a.reason}; second {b.reason}", evidence, a.raw, cost)
-
-
-def _sum(a: Cost, b: Cost) -> Cost:
-    return Cost(a.seconds + b.seconds, a.tokens + b.tokens, a.money + b.money)
