@@ -1,0 +1,342 @@
+"""What a critic of texts learns from and reads: labelled rows of a file, and the numbers read in a text.
+
+A passage is a text with the conversation before it, if there is one. Its features come in blocks:
+hidden states of a language model's trunk over the text's own tokens, sentence embeddings, and
+hashed pieces of words. Nothing here assumes a language or spaces between words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from scipy import sparse
+from sklearn.feature_extraction.text import HashingVectorizer
+
+from tutelage.engines import weights
+from tutelage.engines.attention import AttentionPlan, attention_plan
+from tutelage.engines.encoder import Encoder
+from tutelage.engines.features import Probe, _DeepEnough, _layers, _watch
+from tutelage.engines.load import LanguageModel, load_model
+from tutelage.engines.packing import Group, pack
+from tutelage.errors import InputError, ModelError
+from tutelage.records import Message, Prompt
+
+__all__ = [
+    "BLOCKS", "Block", "Features", "LabelledPassages", "Pairs", "Passage", "Reader", "Source",
+    "families", "read_labelled_passages", "read_pairs", "read_passages",
+]  # fmt: skip
+
+Source = Literal["trunk", "encoder", "both", "words"]
+BLOCKS: Mapping[str, tuple[str, ...]] = {
+    "trunk": ("trunk",),
+    "encoder": ("encoder", "words"),
+    "both": ("trunk", "encoder", "words"),
+    "words": ("words",),
+}
+Block: TypeAlias = Any  # a matrix of numpy, or of scipy (csr), which has no types
+Features = dict[str, Block]
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A text to be judged, and the conversation (or evidence) that it follows."""
+
+    text: str
+    context: tuple[Message, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledPassages:
+    """Passages and what they are, row by row."""
+
+    passages: tuple[Passage, ...]
+    labels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Two replies to the same prompt, row by row: the one that was preferred and the other."""
+
+    chosen: tuple[Passage, ...]
+    rejected: tuple[Passage, ...]
+
+
+def read_labelled_passages(path: Path) -> LabelledPassages:
+    """Read rows with `label` and `text`, `prompt` and `response`, or `evidence` and `claim`.
+
+    Args:
+        path: JSONL, CSV (with a header) or Parquet. A prompt is a text, or a list of `role` and `content`.
+
+    Raises:
+        InputError: The file cannot be read, or a row is no such row; names file and line.
+    """
+    passages, labels = [], []
+    for place, row in _rows(path):
+        for text, context in (("response", "prompt"), ("claim", "evidence"), ("text", "")):
+            if text in row:
+                passages.append(Passage(_text(row, text, place), _context(row, context, place) if context else ()))
+                break
+        else:
+            raise InputError(
+                f"{place} has the columns {', '.join(map(str, row)) or 'none'}",
+                expected="label, and text, or prompt and response, or claim and evidence",
+            )
+        label = row.get("label")
+        if label is None or isinstance(label, dict | list) or not str(label).strip():
+            raise InputError(f"{place} has no label", expected="a word or number under 'label'", fix="label the row")
+        labels.append(str(label).strip())
+    return LabelledPassages(tuple(passages), tuple(labels))
+
+
+def read_pairs(path: Path) -> Pairs:
+    """Read rows of `prompt`, `chosen` and `rejected`; files and errors as `read_labelled_passages`."""
+    chosen: list[Passage] = []
+    rejected: list[Passage] = []
+    for place, row in _rows(path):
+        context = _context(row, "prompt", place)
+        for side, found in (("chosen", chosen), ("rejected", rejected)):
+            found.append(Passage(_text(row, side, place), context))
+        if chosen[-1] == rejected[-1]:
+            raise InputError(f"{place} prefers a reply to itself", expected="two replies", fix="remove the row")
+    return Pairs(tuple(chosen), tuple(rejected))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place for messages, row) of a file."""
+    kind = path.suffix.lower()
+    if kind not in (".jsonl", ".csv", ".parquet"):
+        raise InputError(f"{path} ends in '{path.suffix}'", expected=".jsonl, .csv or .parquet", fix="convert the file")
+    try:
+        if kind == ".jsonl":
+            # Only a line feed ends a line of JSONL; splitlines would also cut at U+2028.
+            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+                if line.strip():
+                    yield f"{path} line {number}", _json_object(line, f"{path} line {number}")
+        elif kind == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file)
+                for row in reader:
+                    yield f"{path} line {reader.line_num}", {k: v for k, v in row.items() if k and v is not None}
+        else:
+            import pyarrow.parquet
+
+            for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+                yield f"{path} row {number}", row
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}", expected=f"a {kind[1:]} file in UTF-8") from error
+
+
+def _json_object(line: str, place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{place} is no JSON ({error})", expected="one object a line", fix="mend the line") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{place} is a {type(found).__name__}", expected="one object a line", fix="mend the line")
+    return found
+
+
+def _text(row: Mapping[str, Any], name: str, place: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place} has no text under '{name}'", expected="a text", fix="mend or remove the row")
+    return value
+
+
+def _context(row: Mapping[str, Any], name: str, place: str) -> tuple[Message, ...]:
+    value = row.get(name)
+    if isinstance(value, list) and value:
+        try:
+            return tuple(Message(str(turn["role"]), str(turn["content"])) for turn in value)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{place}: '{name}' holds a turn without role or content", expected="both") from error
+    return (Message("user", _text(row, name, place)),)
+
+
+def families(passages: Sequence[Passage], pair_with: Sequence[Passage] = ()) -> np.ndarray:
+    """(N,) a number a row: rows that share a text or a context are relatives, and so are their relatives.
+
+    Relatives must not stand on both sides of a split, or learning by heart would look like knowledge.
+    Where that makes one family of more than a third of all rows (one prompt for all), only equal rows
+    are relatives.
+
+    Args:
+        passages: One a row.
+        pair_with: The second passage of each row, for pairs.
+    """
+    rows = len(passages)
+    keys: dict[Any, int] = {}
+    links: list[tuple[int, int]] = []
+    for side in (passages, pair_with):
+        for row, passage in enumerate(side):
+            for key in (passage.text, passage.context or passage.text):
+                links.append((row, rows + keys.setdefault(key, len(keys))))
+    graph = sparse.coo_matrix((np.ones(len(links)), tuple(zip(*links, strict=True))), (rows + len(keys),) * 2)
+    found: np.ndarray = sparse.csgraph.connected_components(graph, directed=False)[1][:rows]
+    if rows and np.bincount(found).max() > max(1.0, rows / 3):
+        same: dict[Any, int] = {}
+        both = zip(passages, pair_with or passages, strict=True)
+        found = np.array([same.setdefault(key, len(same)) for key in both])
+    return found
+
+
+# Where heads read, as shares of the depth; chosen on training folds (docs/log.md).
+PROBES = (Probe(0.2, "mean"), Probe(0.5, "mean"), Probe(0.7, "mean"), Probe(0.5, "last"))
+_LONGEST = 256  # tokens of a context (its end) and of a text (its beginning)
+
+
+@torch.inference_mode()
+def read_passages(
+    lm: LanguageModel, passages: Sequence[Passage], probes: Sequence[Probe] = PROBES, *, budget: int = 512
+) -> np.ndarray:
+    """(N, probes x hidden) float32: hidden states pooled over the tokens of each text, not of its context.
+
+    A context is rendered with the chat template and computed once for all texts that follow it; a text
+    without context stands alone behind one end token. The pass stops at the deepest probe.
+    """
+    longest = min(_LONGEST, lm.context // 2)
+    wanted = [min(lm.layers - 1, round(p.depth * lm.layers)) for p in probes]
+    caught: dict[int, torch.Tensor] = {}
+    handles = [_watch(layer, i, caught, max(wanted)) for i, layer in _layers(lm) if i in set(wanted)]
+    table: np.ndarray | None = None
+    try:
+        for part in pack(_groups(lm, passages, longest, budget), budget=budget):
+            with attention_plan(AttentionPlan(tree=part.tree.to(lm.device))), contextlib.suppress(_DeepEnough):
+                lm.hidden(part.tokens_T[None], part.position_T[None])
+            states = [caught[i].float() for i in wanted]
+            for row, (first, last) in zip(part.rows, part.spans, strict=True):
+                own = [
+                    s[first : last + 1].mean(0) if p.pool == "mean" else s[last]
+                    for p, s in zip(probes, states, strict=True)
+                ]
+                found = torch.cat(own).cpu().numpy()
+                table = np.empty((len(passages), len(found)), np.float32) if table is None else table
+                table[row] = found
+    finally:
+        for handle in handles:
+            handle.remove()
+    return table if table is not None else np.empty((0, 0), np.float32)
+
+
+def _groups(lm: LanguageModel, passages: Sequence[Passage], longest: int, budget: int) -> list[Group]:
+    """Texts behind their context; a context with more texts than a pack holds is laid down again."""
+    behind: dict[tuple[Message, ...], list[tuple[int, tuple[int, ...]]]] = {}
+    for row, passage in enumerate(passages):
+        tokens = lm.encode_reply(passage.text)
+        behind.setdefault(passage.context, []).append((row, (*tokens[: min(longest, len(tokens)) - 1], tokens[-1])))
+    groups = []
+    for context, texts in behind.items():
+        prompt = lm.encode(Prompt("context", context)) if context else (lm.end_token,)
+        if len(prompt) > longest:  # the template's lead and the end, where the question stands
+            lead = min(lm.lead, longest // 2)
+            prompt = (*prompt[:lead], *prompt[lead - longest :])
+        waiting: list[tuple[int, tuple[int, ...]]] = []
+        used = len(prompt)
+        for row, tokens in texts:
+            if waiting and used + len(tokens) > budget:
+                groups.append(_group(prompt, waiting))
+                waiting, used = [], len(prompt)
+            waiting.append((row, tokens))
+            used += len(tokens)
+        groups.append(_group(prompt, waiting))
+    return groups
+
+
+def _group(prompt: tuple[int, ...], texts: Sequence[tuple[int, tuple[int, ...]]]) -> Group:
+    return Group(prompt, tuple(tokens for _, tokens in texts), tuple(row for row, _ in texts))
+
+
+# Pieces of words within their borders, and words with their neighbours: a misspelt or glued word
+# still shares pieces with the right one, and writing without spaces is cut into pieces all the same.
+_HASHERS = (
+    HashingVectorizer(n_features=1 << 16, analyzer="char_wb", ngram_range=(2, 5), alternate_sign=False),
+    HashingVectorizer(n_features=1 << 16, ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", alternate_sign=False),  # noqa: S106
+)
+
+
+def _hashed(texts: Sequence[str]) -> sparse.csr_matrix:
+    return sparse.hstack([h.transform(texts) for h in _HASHERS], format="csr", dtype=np.float32)
+
+
+class Reader:
+    """Reads the blocks of features that a source names.
+
+    Args:
+        source: `trunk`, `encoder` (with words), `words`, or `both` trunk and encoder (with words).
+        lm: Needed where the source has a trunk.
+        encoder: Needed where the source has an encoder.
+
+    Raises:
+        ModelError: A model that the source needs is not given.
+    """
+
+    def __init__(self, source: Source, lm: LanguageModel | None = None, encoder: Encoder | None = None) -> None:
+        if source not in BLOCKS:
+            raise InputError(f"source '{source}'", expected=", ".join(BLOCKS), fix="choose one of these")
+        for block, model in (("trunk", lm), ("encoder", encoder)):
+            if block in BLOCKS[source] and model is None:
+                raise ModelError(f"source '{source}' without its {block}", expected=f"a model to read the {block}")
+        self.source: Source = source
+        self.lm, self.encoder = lm, encoder
+
+    @classmethod
+    def open(
+        cls, source: Source, *, model: str = weights.EMBEDDED_POLICY, encoder: str = weights.EMBEDDED_ENCODER
+    ) -> Reader:
+        """Load only what the source needs."""
+        blocks = BLOCKS.get(source, ())
+        return cls(
+            source,
+            load_model(model) if "trunk" in blocks else None,
+            Encoder(encoder) if "encoder" in blocks else None,
+        )
+
+    def read(self, passages: Sequence[Passage], *, contextual: bool) -> Features:
+        """Each block's matrix, one row a passage; its columns depend on whether contexts are read.
+
+        With them comes `length`: the natural logarithm of one plus the characters of the text.
+        """
+        if not contextual:
+            passages = [Passage(p.text) for p in passages]
+        found: Features = {}
+        for block in BLOCKS[self.source]:
+            if block == "trunk" and self.lm is not None:
+                found[block] = read_passages(self.lm, passages)
+            elif block == "encoder" and self.encoder is not None:
+                found[block] = _embedded(self.encoder, passages, contextual=contextual)
+            else:
+                sides = [[p.text for p in passages], *([[_last_turn(p) for p in passages]] if contextual else [])]
+                found[block] = sparse.hstack([_hashed(side) for side in sides], format="csr")
+        found["length"] = np.array([[math.log1p(len(p.text))] for p in passages])
+        return found
+
+    def marks(self) -> dict[str, np.ndarray]:
+        """What tells these models from others: numbers that a critic keeps beside its heads."""
+        found = {}
+        if "trunk" in BLOCKS[self.source] and self.lm is not None:
+            found["trunk"] = np.frombuffer(self.lm.fingerprint.encode(), np.uint8).astype(np.float32)
+        if "encoder" in BLOCKS[self.source] and self.encoder is not None:
+            found["encoder"] = self.encoder.embed(["What is the name of the encoder that reads this?"])[0].numpy()
+        return found
+
+
+def _last_turn(passage: Passage) -> str:
+    return passage.context[-1].content if passage.context else ""
+
+
+def _embedded(encoder: Encoder, passages: Sequence[Passage], *, contextual: bool) -> np.ndarray:
+    """Embeddings of the text and, with contexts, of the last turn and of where the two agree."""
+    text: np.ndarray = encoder.embed([p.text for p in passages]).numpy()
+    if not contextual:
+        return text
+    before = encoder.embed([_last_turn(p) for p in passages]).numpy()
+    return np.concatenate([text, before, text * before, np.abs(text - before)], axis=1)
