@@ -110,3 +110,71 @@ def test_nobody_there_is_an_error_before_anything_is_done(new_world):
     done = world.play(*WORDS)
     assert done.code == 2
     assert "127.0.0.1:9" in done.err
+
+
+def anchored(new_world, server, tmp_path, **more):
+    rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(60)]
+    world = with_judge(new_world(), server.url)
+    recipe = tomlkit.parse(world.recipe.read_text(encoding="utf-8"))
+    recipe["feedback"].update({"anchors": str(write_lines(tmp_path / "anchors.jsonl", rows)), **more})
+    world.recipe.write_text(tomlkit.dumps(recipe), encoding="utf-8")
+    return world
+
+
+def rounds(count):
+    return ("--set", f"update.rounds={count}", "--set", "supervised.enabled=false")
+
+
+def test_a_judge_that_stays_the_same_keeps_its_weight(new_world, tmp_path):
+    with serve() as server:
+        world = anchored(new_world, server, tmp_path)
+        assert world.play(*rounds(2)).code == 3
+        (drift,) = [m["values"] for m in world.rows("metrics") if m["stage"] == "drift"]
+        assert drift == {"level_served": 0.0, "trust_served": 1.0}
+        # Anchors are asked anew each time, whatever answers are kept.
+        assert max(server.asked.values()) == 2
+
+
+def test_a_judge_that_was_exchanged_ends_the_run_which_can_go_on(new_world, tmp_path, monkeypatch):
+    """The server behind the name answers otherwise from the second round on: it prefers what is shown second."""
+    from tests import faulty_server
+
+    true = faulty_server.truth
+    with serve() as server:
+        world = anchored(new_world, server, tmp_path)
+        assert world.play(*rounds(1)).code == 3
+    with serve() as server:
+        world = anchored(lambda: new_world("other"), server, tmp_path)
+        seen = []
+
+        def turned(text, labels="AB"):
+            seen.append(text)
+            honest = true(text, labels)
+            # 120 questions of the first look on the anchors come before anything else.
+            late = len(seen) > 120 and "good" in text and "bad" in text
+            first = text.find("good") < text.find("bad")
+            return {"A": -4.0 if first else -0.2, "B": -0.2 if first else -4.0} if late else honest
+
+        monkeypatch.setattr(faulty_server, "truth", turned)
+        done = world.play(*rounds(3))
+        assert done.code == 4, done.err
+        assert "no longer says" in done.err
+        monkeypatch.setattr(faulty_server, "truth", true)
+        assert world.resume().code == 3
+        levels = [m["values"]["level_served"] for m in world.rows("metrics") if m["stage"] == "drift"]
+        assert levels and max(levels) < 1.0
+
+
+def test_anchors_can_be_looked_at_less_often(new_world, tmp_path):
+    with serve() as server:
+        world = anchored(new_world, server, tmp_path, anchor_every=2)
+        assert world.play(*rounds(3)).code == 3
+        assert len([m for m in world.rows("metrics") if m["stage"] == "drift"]) == 1
+
+
+def test_anchors_that_cannot_be_read_are_refused_first(new_world, tmp_path):
+    with serve() as server:
+        world = with_judge(new_world(), server.url)
+        done = world.play("--set", "feedback.anchors=nowhere.jsonl")
+        assert done.code == 2 and "nowhere.jsonl" in done.err
+        assert not server.asked

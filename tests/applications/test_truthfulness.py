@@ -192,7 +192,7 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 # tests/engines/test_vllm.py, judges of one's own in tests/applications/test_judging.py.
 ELSEWHERE = {
     "constraint.kd",  # tests/objectives/test_constrained.py: a random model's most likely replies never get worse
-    "feedback.allow_refused", "judges", "model.device", "model.hub", "sampling.server", "supervised.anchor",
+    "feedback.allow_refused", "feedback.anchors", "feedback.anchor_every", "judges", "model.device", "model.hub", "sampling.server", "supervised.anchor",
 }  # fmt: skip
 
 

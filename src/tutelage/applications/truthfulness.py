@@ -24,8 +24,9 @@ from tutelage.loop.improve import Result, improve
 from tutelage.loop.versions import adapter_of
 from tutelage.policy.full import FullWeights
 from tutelage.policy.lora import Adapter
-from tutelage.records import Progress, Prompt, SuiteItem, content_hash
+from tutelage.records import PreferencePair, Progress, Prompt, SuiteItem, content_hash
 from tutelage.store.ledger import Unit
+from tutelage.store.pairs import read_pairs
 from tutelage.store.prompts import read_prompts, read_suite
 from tutelage.store.runs import Run
 
@@ -53,7 +54,18 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     _apart(train, heldout, p.heldout)
     constitution = load_constitution(data_file(recipe.feedback.constitution, suffix="constitutions/*.toml"))
     labelled(recipe)
+    anchors_of(recipe)
     return train, gate, heldout, constitution
+
+
+def anchors_of(recipe: Recipe) -> list[PreferencePair]:
+    """The pairs to which judges are held; none by default.
+
+    Raises:
+        InputError: The file is missing or broken.
+    """
+    source = recipe.feedback.anchors
+    return read_pairs(data_file(source, suffix="judges/*.jsonl")) if source else []
 
 
 def _apart(train: Sequence[Prompt], suite: Sequence[SuiteItem], name: str) -> None:
@@ -97,7 +109,7 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
     panel = Panel(recipe.feedback, constitution, encoder, critic)
     own = (recipe.model.name, lm, adapter.off)  # a judge that is the policy's start model shares its weights
     judges = [open_judge(j, constitution, answers=answers_file(), own=own, say=progress.say) for j in recipe.judges]
-    return Workbench(run, lm, adapter, panel, progress, judges)
+    return Workbench(run, lm, adapter, panel, progress, judges, anchors=anchors_of(recipe))
 
 
 def _critic(

@@ -92,6 +92,8 @@ class Feedback(Section):
     critic_replies: str = Field("builtin:critics/honesty-replies", description="labelled replies")
     same_meaning: Fraction = Field(0.8, description="cosine above which two replies mean the same")
     min_confidence: Fraction = Field(0.4, description="below this belief the critic abstains")
+    anchors: str = Field("", description="pairs judged again as a run goes on, to see judges change; empty: none")
+    anchor_every: Count = Field(1, description="rounds from one such look to the next")
     allow_refused: bool = Field(False, description="train although the only judge failed its check")
     consistency_weight: float = Field(0.15, ge=0.0, description="what consistency adds to the belief, log-odds")
 

@@ -8,14 +8,18 @@ Source: Page 1954, Biometrika 41; constants by simulation (tests/feedback/test_d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
+from tutelage.engines.answers import CachedEngine
 from tutelage.errors import InputError
+from tutelage.feedback.model_judge import ComparingJudge, Pair
+from tutelage.records import PreferencePair
 
-__all__ = ["Action", "Cusum", "action_of"]
+__all__ = ["Action", "Anchored", "Cusum", "action_of"]
 
 Action = Literal["keep", "down-weight", "stop"]
 # In standard deviations of a residual: half of the shift that is looked for, and the sum that alarms.
@@ -82,3 +86,48 @@ def action_of(level: float) -> tuple[Action, float]:
     if level < _STOP:
         return "down-weight", 1.0 / level
     return "stop", 0.0
+
+
+_SPREAD = 0.25  # of a probability that a judge gives an anchor, from look to look, while nothing changed
+
+
+@dataclasses.dataclass
+class Anchored:
+    """A judge held to what it said of pinned pairs at its first look.
+
+    Args:
+        first: Probability it gave each anchor's chosen reply then; None where it abstained.
+        sums: The cumulative sums of what changed since.
+    """
+
+    first: list[float | None]
+    sums: Cusum = dataclasses.field(default_factory=lambda: Cusum(_SPREAD))
+
+    @classmethod
+    def look(cls, judge: ComparingJudge, anchors: Sequence[PreferencePair]) -> Anchored:
+        """The first look."""
+        return cls(_chances(judge, anchors))
+
+    def again(self, judge: ComparingJudge, anchors: Sequence[PreferencePair]) -> tuple[Action, float, float]:
+        """Another look: what to do, the factor on the judge's weight, and the level of the sums."""
+        now = _chances(judge, anchors)
+        changed = [None if a is None or b is None else a - b for a, b in zip(now, self.first, strict=True)]
+        level = self.sums.update(changed)
+        return (*action_of(level), level)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must keep."""
+        return {"first": self.first, "sums": self.sums.state()}
+
+    @classmethod
+    def load(cls, state: dict[str, Any]) -> Anchored:
+        """From a checkpoint's state."""
+        return cls(list(state["first"]), Cusum.load(state["sums"]))
+
+
+def _chances(judge: ComparingJudge, anchors: Sequence[PreferencePair]) -> list[float | None]:
+    engine = getattr(judge, "engine", None)
+    # Kept answers would say the same for ever.
+    with engine.anew() if isinstance(engine, CachedEngine) else contextlib.nullcontext():
+        told = judge.compare([Pair(a.prompt, a.chosen, a.rejected) for a in anchors])
+    return [None if o.value is None else 1 / (1 + math.exp(-max(-30.0, min(30.0, o.value)))) for o in told]

@@ -19,6 +19,7 @@ from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
 from tutelage.engines.vllm import VllmCompleter
 from tutelage.errors import StoreError
+from tutelage.feedback.drift import Anchored
 from tutelage.feedback.model_judge import ComparingJudge
 from tutelage.feedback.panel import Panel
 from tutelage.loop.evaluate import Completer
@@ -27,7 +28,7 @@ from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, adv
 from tutelage.policy.full import FullWeights
 from tutelage.policy.learner import Learner, Scores, score
 from tutelage.policy.lora import Adapter
-from tutelage.records import Generation, Progress, Prompt, content_hash
+from tutelage.records import Generation, PreferencePair, Progress, Prompt, content_hash
 from tutelage.store.runs import Run
 
 __all__ = ["Silent", "Workbench", "derive_seed"]
@@ -65,6 +66,9 @@ class Workbench:
     progress: Progress
     judges: Sequence[ComparingJudge] = ()
     watched: Sequence[Prompt] = ()
+    anchors: Sequence[PreferencePair] = ()
+    anchored: dict[str, Anchored] = dataclasses.field(default_factory=dict)
+    trust: dict[str, float] = dataclasses.field(default_factory=dict)
     version: str = "start"
     multiplier: PidMultiplier = dataclasses.field(init=False)
     completer: LocalCompleter = dataclasses.field(init=False)
@@ -177,6 +181,8 @@ class Workbench:
             self.adapter.save(folder)
             save_file(_optimizer_tensors(self.learner), str(folder / "optimizer.safetensors"))
             state = {"version": version, "multiplier": self.multiplier.state(), "panel": self.panel.state()}
+            state["anchored"] = {name: a.state() for name, a in self.anchored.items()}
+            state["trust"] = dict(self.trust)
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
         self.run.save_checkpoint(version, write)
@@ -205,6 +211,8 @@ class Workbench:
             raise StoreError(f"{folder / 'state.json'} is not JSON", expected="a checkpoint of tutelage") from error
         self.multiplier.load(state["multiplier"])
         self.panel.load(state["panel"])
+        self.anchored = {name: Anchored.load(kept) for name, kept in state.get("anchored", {}).items()}
+        self.trust = {name: float(factor) for name, factor in state.get("trust", {}).items()}
         self.version = version
 
 

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from tutelage.errors import NothingToLearn
 from tutelage.loop.bench import Workbench
-from tutelage.loop.stages import advantages, figures, generate, judge, reward, spread_credit, update, watch
+from tutelage.loop.stages import (
+    advantages,
+    figures,
+    generate,
+    hold_to_anchors,
+    judge,
+    reward,
+    spread_credit,
+    update,
+    watch,
+)
 from tutelage.records import Prompt
 from tutelage.store.ledger import Unit
 
@@ -23,6 +33,7 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     replies_PG = generate(bench, prompts, number)
     unit.generations(reply for group in replies_PG for reply in group)
 
+    hold_to_anchors(bench, unit, number)
     findings = judge(bench, prompts, replies_PG, unit)
     rewards_PG = reward(bench, findings, replies_PG)
     unit.rewards(r for group in rewards_PG for r in group)

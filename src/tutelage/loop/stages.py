@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tutelage.credit import tokens as credit
+from tutelage.errors import JudgeRefused
+from tutelage.feedback.drift import Anchored
 from tutelage.feedback.panel import Findings
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.objectives.constrained import mix_advantages
@@ -18,7 +20,10 @@ from tutelage.rewards.compose import compose
 from tutelage.rewards.terms import text_verdict
 from tutelage.store.ledger import Unit
 
-__all__ = ["advantages", "figures", "generate", "judge", "reward", "share_withheld", "spread_credit", "update", "watch"]
+__all__ = [
+    "advantages", "figures", "generate", "hold_to_anchors", "judge", "reward", "share_withheld", "spread_credit",
+    "update", "watch",
+]  # fmt: skip
 
 # Terms with an opinion on content: text terms alone must not train.
 _ESSENTIAL = ("fit", "principles", "consistency")
@@ -67,9 +72,35 @@ def judge(
     return findings
 
 
+def hold_to_anchors(bench: Workbench, unit: Unit, number: int) -> None:
+    """Judge the pinned pairs again: a judge that has changed loses weight, one that has changed much ends the run.
+
+    Raises:
+        JudgeRefused: A judge's sums are at twice the alarm; the run can go on when it is mended.
+    """
+    if not bench.anchors or (number - 1) % bench.recipe.feedback.anchor_every:
+        return
+    for one in bench.judges:
+        bench.progress.stage(f"{unit.name}: anchors, {one.name}", len(bench.anchors), "pairs")
+        if one.name not in bench.anchored:
+            bench.anchored[one.name] = Anchored.look(one, bench.anchors)
+            continue
+        action, factor, level = bench.anchored[one.name].again(one, bench.anchors)
+        bench.trust[one.name] = factor
+        unit.metrics(number, "drift", {f"level_{one.name}": level, f"trust_{one.name}": factor})
+        if action == "down-weight":
+            bench.progress.say(f"judge {one.name} has changed (level {level:.2f}); its weight falls to {factor:.0%}")
+        if action == "stop":
+            raise JudgeRefused(
+                f"the judge '{one.name}' no longer says what it said of the anchors (level {level:.1f})",
+                expected="a level below 2; 1 is an alarm",
+                fix="bring the judge back to its model and words, then go on with --resume",
+            )
+
+
 def reward(bench: Workbench, findings: Findings, replies_PG: Sequence[Sequence[Generation]]) -> list[list[Reward]]:
     """Compose each group's terms into rewards."""
-    own = {j.name: j.weight for j in bench.recipe.judges}
+    own = {j.name: j.weight * bench.trust.get(j.name, 1.0) for j in bench.recipe.judges}
     weights = bench.recipe.rewards.model_dump() | own
     essential = (*_ESSENTIAL, *own)
     return [
