@@ -143,8 +143,8 @@ def read_toml(body: str, folder: Path) -> None:
 def test_wrong_toml_is_seen(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"update\.round"):
         read_toml("[update]\nround = 2\n", tmp_path)
-    with pytest.raises(InputError, match="lacks 'wants'"):
-        read_toml('[[principles]]\nid = "a"\ntext = "b"\nscope = "any"\n', tmp_path)
+    with pytest.raises(InputError, match="lacks 'text'"):
+        read_toml('[[principles]]\nid = "a"\nscope = "any"\n', tmp_path)
 
 
 @pytest.mark.parametrize("body", cases("toml"))

@@ -67,6 +67,11 @@ def test_votes_come_in_and_go_out_as_preferences(tmp_path):
 def test_labels_of_other_prompts_are_refused(runs, tmp_path):
     row = {"prompt": "Nobody asked this", "chosen": "a", "rejected": "b"}
     tasks, labels = tmp_path / "t.jsonl", tmp_path / "l.jsonl"
-    assert tutelage_cli("people", "import", write_lines(tmp_path / "v.jsonl", [row]), "--tasks", tasks, "--labels", labels).code == 0
+    assert (
+        tutelage_cli(
+            "people", "import", write_lines(tmp_path / "v.jsonl", [row]), "--tasks", tasks, "--labels", labels
+        ).code
+        == 0
+    )
     done = tutelage_cli("people", "keep", "one", "--runs", runs, "--tasks", tasks, "--labels", labels)
     assert done.code == 2 and "none of the 1 labels" in done.err

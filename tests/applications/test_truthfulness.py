@@ -153,8 +153,10 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "constraint.limit": ("0.95", (), "weights"),
     "constraint.kp": ("0.5", (), "weights"),
     "constraint.ki": ("0.5", ("constraint.kp=0.1", "constraint.maximum=50.0"), "weights"),
+    "constraint.kd": ("0.0", ("update.rounds=3", "update.prompts=3", "constraint.kp=0.1", "constraint.ki=0.0", "constraint.kd=9.0",
+                              "constraint.maximum=50.0"), "metrics"),
     "constraint.maximum": ("0.5", (), "weights"),
-    "constraint.questions": ("2", (), "notes"),
+    "constraint.questions": ("5", (), "notes"),
     "credit.method": ("uniform", (), "weights"),
     "credit.beta": ("0.2", (), "weights"),
     "lora.full": ("true", (), "weights"),
@@ -191,7 +193,6 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 # tests/loop/test_supervised.py (a random model has no answer that is worth keeping), a server in
 # tests/engines/test_vllm.py, judges of one's own in tests/applications/test_judging.py.
 ELSEWHERE = {
-    "constraint.kd",  # tests/objectives/test_constrained.py: a random model's most likely replies never get worse
     "feedback.allow_refused", "feedback.anchors", "feedback.anchor_every", "judges", "model.device", "model.hub", "sampling.server", "supervised.anchor",
 }  # fmt: skip
 

@@ -83,7 +83,8 @@ def test_the_built_in_constitution_is_whole() -> None:
     [
         ('scope = "any"', 'scope = "all"', "principle 2"),
         ('wants = "answers"', 'wants = "answer"', "answers"),
-        ('wants = "answers"', "", "lacks 'wants'"),
+        ('text = "Answer plainly."', "", "lacks 'text'"),
+        ('text = "Answer plainly."', 'text = " "', "lacks 'text'"),
         ("weight = 2", "weight = 0", "weight"),
         ("weight = 2", "weight = true", "weight"),
         ("weight = 2", 'weight = "2"', "weight"),
@@ -127,3 +128,122 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes('name = "é"'.encode("latin-1"))
     with pytest.raises(InputError, match="UTF-8"):
         load_constitution(tmp_path / "latin.toml")
+
+
+MARKDOWN = """\ufeff<!-- a comment
+of two lines -->
+# tést
+
+A preface that nobody reads.
+
+## admit
+weight: 2
+scope: unanswerable
+wants: abstains
+critique: Nobody can know "{question}".
+opening: I don't know
+opening: 知りません
+
+Say so when you cannot know.
+
+### example
+prompt: p
+bad: b
+good: g
+
+## answer
+wants: answers
+
+Answer plainly.
+"""
+
+
+def load_markdown(tmp_path: Path, text: str, name: str = "c.md") -> Constitution:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return load_constitution(path)
+
+
+def test_markdown_and_toml_of_the_same_principles_are_the_same(tmp_path: Path) -> None:
+    found, other = load_markdown(tmp_path, MARKDOWN), load(tmp_path, GOOD)
+    assert found == other
+    assert found.hash == other.hash
+    windows = load_markdown(tmp_path, MARKDOWN.replace("\n", "\r\n"), "d.MARKDOWN")
+    assert windows.hash == found.hash
+
+
+def test_text_in_markdown_may_hold_what_looks_like_more(tmp_path: Path) -> None:
+    text = (
+        "## 正直\n\nNote: 知らないことは知らないと言う。\nscope: not a key down here\n\n- one\n#### deeper\n"
+        "```\n## no heading\n```\n~~~\n```\n# nor this\n~~~\nlast\n"
+        "### Example\nPrompt: p\n\nbad: first line\nsecond line\ngood: g ## g\n"
+    )
+    found = load_markdown(tmp_path, text)
+    (one,) = found.principles
+    assert (found.name, one.id, one.scope, one.wants, one.weight) == ("c", "正直", "any", "", 1.0)
+    assert one.text.startswith("Note: 知ら") and one.text.endswith("last")
+    assert "scope: not a key down here" in one.text and "## no heading" in one.text
+    assert one.examples == (("p", "first line\nsecond line", "g ## g"),)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("weight: 2", "weight: two", "weight is 'two'"),
+        ("weight: 2", "wieght: 2", "did you mean 'weight'"),
+        ("opening: I", "openings: I", "did you mean 'opening'"),
+        ("scope: unanswerable", "scope: unanswerable\nscope: any", "line 10: a second scope"),
+        ("wants: answers", "wants: answer", "line 22"),
+        ("### example", "### sample", "line 17"),
+        ("good: g", "", "no good"),
+        ("bad: b", "bad: b\nbad: c", "line 20: a second bad"),
+        ("prompt: p", "p", "line 18"),
+        ("## answer", "# answer", "a second title"),
+        ("## answer", "## admit", "two principles with the id 'admit'"),
+        ("Answer plainly.", "", "lacks 'text'"),
+        ("## answer", "## ", "lacks 'id'"),
+    ],
+)
+def test_markdown_that_makes_no_sense_is_refused_at_its_line(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert old in MARKDOWN
+    with pytest.raises(InputError) as caught:
+        load_markdown(tmp_path, MARKDOWN.replace(old, new))
+    assert says in str(caught.value)
+    assert "c.md" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "# only a name\n", "### example\nprompt: p\nbad: b\ngood: g\n"])
+def test_markdown_without_principles_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError):
+        load_markdown(tmp_path, text)
+
+
+def test_a_principle_that_wants_no_act_is_for_models_alone(tmp_path: Path) -> None:
+    found = load(tmp_path, GOOD + '\n[[principles]]\nid = "polite"\ntext = "Be polite."\n')
+    polite = found.principles[2]
+    assert (polite.scope, polite.wants) == ("any", "")
+    assert [p.id for p in found.acting] == ["admit", "answer"]
+    assert [p.id for p in found.about("unanswerable")] == ["admit", "answer"]
+
+
+def test_the_panel_leaves_out_what_wants_no_act(tmp_path: Path) -> None:
+    """By hand: belief .5 unanswerable; admit has the weight 2 * .5 and is kept .2, answer 1 and .8: (.2 + .8) / 2."""
+    from tutelage.config import Feedback
+    from tutelage.feedback.belief import Belief
+    from tutelage.feedback.panel import Panel
+    from tutelage.records import Generation, Message, Prompt, SamplerSettings
+
+    more = '\n[[principles]]\nid = "polite"\ntext = "Be polite."\nweight = 50\n'
+    prompt = Prompt("p", (Message("user", "q"),))
+    reply = Generation("g", "p", 0, "r", (5,), (-0.5,), True, SamplerSettings(), "start", 0)
+    act = {"answers": 0.8, "abstains": 0.2, "asks_back": 0.0}
+    told = []
+    for text in (GOOD, GOOD + more):
+        panel = Panel(Feedback(), load(tmp_path, text), None, None)  # type: ignore[arg-type] # nothing is embedded
+        told.append(panel._principles(prompt, reply, Belief(0.5, 0.5, 0.0, 0.0, ()), act))
+    assert told[0] == told[1]
+    assert told[1][0] == pytest.approx(0.5)
+    alone = load(tmp_path, more)
+    assert Panel(Feedback(), alone, None, None)._principles(  # type: ignore[arg-type]
+        prompt, reply, Belief(0.5, 0.5, 0.0, 0.0, ()), act
+    ) == (None, "no principle covers this question", {})

@@ -40,7 +40,7 @@ MODEL_HELP = "embedded name, Hugging Face directory, GGUF file or hub name"
 RecipeName = Annotated[str, help_("built-in name or TOML file")]
 Model = Annotated[str | None, help_(MODEL_HELP)]
 Prompts = Annotated[str | None, help_("training prompts as JSONL, CSV or Parquet")]
-Values = Annotated[str | None, help_("constitution: TOML file of principles")]
+Values = Annotated[str | None, help_("constitution: TOML or Markdown file of principles")]
 Longest = Annotated[int, help_("longest reply, in tokens")]
 Newest = Annotated[str | None, help_("run (default: the newest)")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="print JSON for machines")]

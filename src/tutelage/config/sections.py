@@ -153,7 +153,11 @@ class Constraint(Section):
 
     enabled: bool = Field(True, description="off is the ablation")
     limit: Fraction = Field(0.1, description="tolerated share of withheld answers where an answer is due")
-    questions: Count = Field(512, description="training questions whose greedy replies the cost is measured on")
+    questions: int = Field(
+        0,
+        ge=0,
+        description="cost measured on the likeliest replies to N training questions; 0: on the drawn ones",
+    )
     kp: float = Field(35.0, ge=0.0, description="proportional gain")
     ki: float = Field(17.5, ge=0.0, description="integral gain")
     kd: float = Field(1.0, ge=0.0, description="derivative gain")

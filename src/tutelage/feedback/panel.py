@@ -54,7 +54,7 @@ class Panel:
 
     Args:
         settings: Which judges, and their thresholds.
-        constitution: Written principles.
+        constitution: Written principles; those that want no act are left to judges that read them.
         encoder: For meanings of replies.
         critic: Learned heads, or None when the critic is not among the judges.
     """
@@ -149,7 +149,7 @@ class Panel:
             return self.critic.acts(self.encoder, texts)
         # Without the critic, a reply is compared with the constitution's own wordings.
         models: dict[str, list[str]] = {act: [] for act in ACTS}
-        for principle in self.constitution.principles:
+        for principle in self.constitution.acting:
             models[principle.wants] += [e[2] for e in principle.examples] + [
                 principle.fallback,
                 *principle.openings,
@@ -206,7 +206,7 @@ class Panel:
         if belief is None:
             return None, "no judge knows which principles this question falls under", {}
         weighed: list[tuple[Principle, float, float]] = [
-            (p, p.weight * belief.of(p.scope), act[p.wants]) for p in self.constitution.principles
+            (p, p.weight * belief.of(p.scope), act[p.wants]) for p in self.constitution.acting
         ]
         mass = sum(w for _, w, _ in weighed)
         if mass < 1e-9:

@@ -138,7 +138,8 @@ def improve(
         notes: Called once, to write what the application wants to be known of the start.
     """
     ledger = bench.run.ledger
-    bench.watched = bench.pick(train, bench.recipe.constraint.questions, 1)
+    if bench.recipe.constraint.enabled and bench.recipe.constraint.questions:
+        bench.watched = bench.pick(train, bench.recipe.constraint.questions, 1)
     earlier = sum(float(u["seconds"]) for u in ledger.units())
     session = _Session(bench, gate, heldout, train, earlier=earlier)
     done = {u["name"] for u in ledger.units()}

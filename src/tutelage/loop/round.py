@@ -39,8 +39,9 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     unit.rewards(r for group in rewards_PG for r in group)
 
     seen = figures(findings, rewards_PG)
-    if bench.recipe.constraint.enabled:
+    if bench.watched:
         seen["cost"] = watch(bench, unit)
+    if bench.recipe.constraint.enabled:
         bench.multiplier.update(seen["cost"])
     unit.metrics(number, "rollout", seen | {"multiplier": bench.multiplier.value})
     bench.progress.figures(

@@ -222,7 +222,7 @@ def figures(findings: Findings, rewards_PG: Sequence[Sequence[Reward]]) -> dict[
     if entropies:
         out["semantic_entropy"] = sum(entropies) / len(entropies)
     dues = [(b.answer_due, act) for b, g in zip(findings.beliefs, findings.acts_PG, strict=True) if b for act in g]
-    out["cost_sampled"] = share_withheld(dues)
+    out["cost"] = share_withheld(dues)
     return out
 
 
@@ -241,10 +241,11 @@ def share_withheld(dues: Sequence[tuple[float, Mapping[str, float]]]) -> float:
 
 
 def watch(bench: Workbench, unit: Unit) -> float:
-    """The share withheld on greedy replies to all watched questions; what the controller sees.
+    """The share withheld on greedy replies to all watched questions.
 
     A round's own replies are drawn, and to few questions: a cost measured on them is off by several
-    points, and the multiplier follows (docs/log.md).
+    points, and the multiplier follows. The likeliest replies withhold less than drawn ones, so the same
+    limit then tolerates more (docs/log.md).
     """
     settings = SamplerSettings(0.0, max_new_tokens=bench.recipe.sampling.max_new_tokens)
     bench.progress.stage(f"{unit.name}: watch", len(bench.watched), "replies")

@@ -142,7 +142,7 @@ _SPECS = (
     ),
     _Spec(
         "rollout", "Cost of caution", "Withheld, of what is believed to have an answer. Dashed: the limit.",
-        "share withheld", (("cost", "most likely replies"), ("cost_sampled", "drawn replies")), share=True,
+        "share withheld", (("cost", "cost"),), share=True,
     ),
     _Spec(
         "rollout", "Multiplier", "Weight the cost gets; it grows while the cost is above its limit.",
