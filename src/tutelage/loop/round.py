@@ -44,9 +44,7 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     if bench.recipe.constraint.enabled:
         bench.multiplier.update(seen["cost"])
     unit.metrics(number, "rollout", seen | {"multiplier": bench.multiplier.value})
-    bench.progress.figures(
-        cost=seen["cost_sampled"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"]
-    )
+    bench.progress.figures(cost=seen["cost"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"])
 
     advantage_PG = advantages(bench, rewards_PG)
     if not bool((advantage_PG != 0).any()):
