@@ -142,7 +142,7 @@ def _maximise(
         if likelihood - before < tolerance * max(spoke_N.sum(), 1.0):
             break
         before = likelihood
-    return posterior, answer, prior, iterations, likelihood
+    return posterior, answer, prior, iteration, likelihood
 
 
 def _first_guess(votes_NJ: Ints, known_N: Ints, classes: int) -> Floats:
@@ -259,7 +259,7 @@ def group_judges(
     grouping = _weigh(np.where(np.eye(judges), 1.0, np.nan), linked)
     if (known >= 0).sum() >= _KNOWN_ENOUGH:
         votes, known = votes[known >= 0], known[known >= 0]
-    elif (votes >= 0).any(axis=0).sum() < 4:
+    elif judges < 4:
         return grouping
     blocks = _indicators(votes, count)
     enough = max(threshold, 3 / np.sqrt(len(votes)))
