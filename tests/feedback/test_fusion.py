@@ -112,3 +112,24 @@ def test_wrong_input_is_explained():
             fit_fusion(odds, bad)
     with pytest.raises(InputError):
         fit_fusion(odds, labelled(truth, 5)).fuse(odds[:, :2])
+
+
+@pytest.mark.parametrize("labels", [50, 200])
+def test_a_majority_of_liars_is_seen_through_and_the_optimum_is_found(labels):
+    """Dawid-Skene takes three liars for the truth, so the prior is against every label: the hardest start."""
+    from scipy.optimize import minimize
+
+    from tutelage.feedback import fusion
+
+    for seed in range(4):
+        draw = np.random.default_rng(seed)
+        truth = draw.integers(0, 2, size=1500)
+        right = draw.random((1500, 4)) < np.array([0.85, 0.1, 0.1, 0.1])
+        odds = np.where(right, 1.0, -1.0) * (2 * truth - 1)[:, None] * draw.uniform(0.5, 2.0, size=(1500, 4))
+        label = labelled(truth, labels)
+        fitted = fit_fusion(odds, label)
+        assert accuracy(fitted.fuse(odds[-500:]).log_odds_N, truth[-500:]) > 0.9
+        x, y = fusion._unit(odds[:labels], fitted.scale_J), truth[:labels].astype(float)
+        prior = fusion._from_agreement(odds, label)
+        best = minimize(fusion._loss, np.zeros(4), args=(x, y, prior), method="BFGS").fun
+        assert fusion._loss(fitted.weight_J, x, y, prior) <= best + 1e-6

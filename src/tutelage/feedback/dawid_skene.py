@@ -259,7 +259,7 @@ def group_judges(
     grouping = _weigh(np.where(np.eye(judges), 1.0, np.nan), linked)
     if (known >= 0).sum() >= _KNOWN_ENOUGH:
         votes, known = votes[known >= 0], known[known >= 0]
-    elif judges < 4:
+    elif (votes >= 0).any(axis=0).sum() < 4:  # one that never votes pins nothing down
         return grouping
     blocks = _indicators(votes, count)
     enough = max(threshold, 3 / np.sqrt(len(votes)))

@@ -17,6 +17,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.special import expit
 
 from tutelage.errors import InputError
 from tutelage.feedback.dawid_skene import grouped_dawid_skene
@@ -105,16 +106,28 @@ def fit_fusion(odds_NJ: Floats, label_N: Ints) -> Fusion:
     precision: Floats = np.eye(len(prior)) / _SPREAD**2
     rows = label >= 0
     x, y = unit[rows], label[rows].astype(float)
-    hessian = precision
-    for _ in range(100):  # Newton; the objective is convex
-        p = 1 / (1 + np.exp(-(x @ weight)))
+    for _ in range(200):
+        p = expit(x @ weight)
         hessian = (x * (p * (1 - p))[:, None]).T @ x + precision
-        step = np.linalg.solve(hessian, x.T @ (y - p) - precision @ (weight - prior))
-        weight = weight + step
-        if np.abs(step).max() < 1e-10:
+        slope = x.T @ (p - y) + precision @ (weight - prior)
+        step = np.linalg.solve(hessian, slope)
+        size = 1.0
+        # Convex, but a full step from a prior that is against the labels can overshoot for ever.
+        while size > 1e-9 and _loss(weight - size * step, x, y, prior) > _loss(weight, x, y, prior):
+            size /= 2
+        weight = weight - size * step
+        if np.abs(slope).max() < 1e-8 or size <= 1e-9:
             break
+    p = expit(x @ weight)
+    hessian = (x * (p * (1 - p))[:, None]).T @ x + precision
     covariance: Floats = np.linalg.inv(hessian).astype(np.float64)
     return Fusion(weight, covariance, np.asarray(scale, dtype=np.float64), int(rows.sum()))
+
+
+def _loss(weight_J: Floats, x_NJ: Floats, y_N: Floats, prior_J: Floats) -> float:
+    """Minus the log posterior of the weights, up to a constant."""
+    odds = x_NJ @ weight_J
+    return float((np.logaddexp(0.0, odds) - y_N * odds).sum() + ((weight_J - prior_J) ** 2).sum() / (2 * _SPREAD**2))
 
 
 def reliability(odds_NJ: Floats, label_N: Ints, *, level: float = 0.95) -> list[tuple[float, float, float, int]]:
