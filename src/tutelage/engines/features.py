@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import ModelError
 
-__all__ = ["Probe", "Reading", "read_trunk"]
+__all__ = ["Probe", "Reading", "read_trunk", "tapped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,36 +58,57 @@ def read_trunk(
     A `mean` probe, and a watched layer in `pooled`, pools over the tokens after the template's lead,
     whatever the other prompts share. Without `watch` the pass stops at the deepest probe.
     """
-    wanted = [min(lm.layers - 1, round(p.depth * lm.layers)) for p in probes]
-    caught: dict[int, torch.Tensor] = {}
     seen: dict[str, torch.Tensor] = {}
-    deepest = None if watch else max(wanted)
-    handles = [_watch(layer, index, caught, deepest) for index, layer in _layers(lm) if index in set(wanted)]
-    handles += [module.register_forward_pre_hook(_keep_input(path, seen)) for path, module in (watch or {}).items()]
+    handles = [module.register_forward_pre_hook(_keep_input(path, seen)) for path, module in (watch or {}).items()]
     rows: list[list[torch.Tensor]] = [[] for _ in probes]
     inputs: dict[tuple[str, bool], torch.Tensor] = {}
     done = 0
     sources: dict[str, tuple[str, bool]] = {}
-    try:
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        read = stack.enter_context(tapped(lm, probes, stop=not watch))
         for part in pack([Group(p, (), ()) for p in prompts], budget=budget):
-            plan = AttentionPlan(tree=part.tree.to(lm.device))
-            with attention_plan(plan), contextlib.suppress(_DeepEnough):  # layers above are not needed
-                lm.hidden(part.tokens_T[None], part.position_T[None])
+            states = read(part)
             sources = sources or {path: (first, path in pooled) for path, first in _twins(seen).items()}
             for path, mean in set(sources.values()):
-                states = seen[path].reshape(-1, seen[path].shape[-1])
-                pooled_PF = _pool(lm, part, states, mean=mean)
+                pooled_PF = _pool(lm, part, seen[path].reshape(-1, seen[path].shape[-1]), mean=mean)
                 # One table from the start: joining parts at the end would hold everything twice.
                 table = inputs.setdefault((path, mean), torch.empty(len(prompts), pooled_PF.shape[1]))
                 table[done : done + len(pooled_PF)] = pooled_PF
             done += len(part.groups)
             seen.clear()
-            for n, (probe, index) in enumerate(zip(probes, wanted, strict=True)):
-                rows[n].append(_pool(lm, part, caught[index], mean=probe.pool == "mean"))
+            for row, probe, states_TD in zip(rows, probes, states, strict=True):
+                row.append(_pool(lm, part, states_TD, mean=probe.pool == "mean"))
+    return Reading([torch.cat(r).float().cpu() for r in rows], {path: inputs[one] for path, one in sources.items()})
+
+
+@contextlib.contextmanager
+def tapped(
+    lm: LanguageModel, probes: Sequence[Probe], *, stop: bool = True
+) -> Iterator[Callable[[Pack], list[torch.Tensor]]]:
+    """Gives what reads a pack: the states at the depth of each probe, (tokens, hidden) in the model's dtype.
+
+    Args:
+        lm: The model; its layers are listened to while the context lasts.
+        probes: Where to read.
+        stop: Leave each pass at the deepest probe; layers above are not needed.
+    """
+    wanted = [min(lm.layers - 1, round(p.depth * lm.layers)) for p in probes]
+    caught: dict[int, torch.Tensor] = {}
+    deepest = max(wanted) if stop else None
+    handles = [_watch(layer, index, caught, deepest) for index, layer in _layers(lm) if index in set(wanted)]
+
+    def read(part: Pack) -> list[torch.Tensor]:
+        with attention_plan(AttentionPlan(tree=part.tree.to(lm.device))), contextlib.suppress(_DeepEnough):
+            lm.hidden(part.tokens_T[None], part.position_T[None])
+        return [caught[index] for index in wanted]
+
+    try:
+        yield read
     finally:
         for handle in handles:
             handle.remove()
-    return Reading([torch.cat(r).float().cpu() for r in rows], {path: inputs[one] for path, one in sources.items()})
 
 
 def _pool(lm: LanguageModel, part: Pack, states_TD: torch.Tensor, *, mean: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tutelage.records import Answer, Cost, Engine, Question
 
-__all__ = ["Opinion", "Steps", "read_labels", "settle"]
+__all__ = ["Opinion", "Steps", "chance", "read_labels", "settle"]
 
 _FREE = Cost()
 
@@ -70,6 +70,11 @@ def _advance(
         told[i] = end.value
 
 
+def chance(log_odds: float) -> float:
+    """The probability behind log-odds; cut at 30 nats, beyond which nothing changes."""
+    return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, log_odds))))
+
+
 def read_labels(
     answer: Answer, labels: Sequence[str], *, output: str = "labels", least_mass: float = 0.0
 ) -> tuple[list[float] | None, str]:
@@ -98,7 +103,7 @@ def read_labels(
 
 
 def _worded(named: int, count: int) -> list[float]:
-    certain = 1.0 / (1.0 + math.exp(-_WORD))
+    certain = chance(_WORD)
     return [math.log(certain if i == named else (1.0 - certain) / (count - 1)) for i in range(count)]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tutelage.feedback.asking import Opinion
+from tutelage.feedback.asking import Opinion, chance
 from tutelage.feedback.injection import Canary, Injected, inject
 from tutelage.feedback.model_judge import ComparingJudge, Pair
 from tutelage.records import PreferencePair, content_hash
@@ -259,7 +259,7 @@ def _self_consistency(told: Sequence[Opinion]) -> float | None:
             continue
         position = float(opinion.evidence.get("position", 0.0))
         for odds in {position + opinion.value, position - opinion.value}:
-            p = 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, odds))))
+            p = chance(odds)
             agree.append(p * p + (1 - p) * (1 - p))
     return sum(agree) / len(agree) if agree else None
 

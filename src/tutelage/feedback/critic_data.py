@@ -7,7 +7,6 @@ hashed pieces of words. Nothing here assumes a language or spaces between words.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import json
@@ -22,9 +21,8 @@ from scipy import sparse
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from tutelage.engines import weights
-from tutelage.engines.attention import AttentionPlan, attention_plan
 from tutelage.engines.encoder import Encoder
-from tutelage.engines.features import Probe, _DeepEnough, _layers, _watch
+from tutelage.engines.features import Probe, tapped
 from tutelage.engines.load import LanguageModel, load_model
 from tutelage.engines.packing import Group, pack
 from tutelage.errors import InputError, ModelError
@@ -204,15 +202,10 @@ def read_passages(
     without context stands alone behind one end token. The pass stops at the deepest probe.
     """
     longest = min(_LONGEST, lm.context // 2)
-    wanted = [min(lm.layers - 1, round(p.depth * lm.layers)) for p in probes]
-    caught: dict[int, torch.Tensor] = {}
-    handles = [_watch(layer, i, caught, max(wanted)) for i, layer in _layers(lm) if i in set(wanted)]
     table: np.ndarray | None = None
-    try:
+    with tapped(lm, probes) as read:
         for part in pack(_groups(lm, passages, longest, budget), budget=budget):
-            with attention_plan(AttentionPlan(tree=part.tree.to(lm.device))), contextlib.suppress(_DeepEnough):
-                lm.hidden(part.tokens_T[None], part.position_T[None])
-            states = [caught[i].float() for i in wanted]
+            states = [s.float() for s in read(part)]
             for row, (first, last) in zip(part.rows, part.spans, strict=True):
                 own = [
                     s[first : last + 1].mean(0) if p.pool == "mean" else s[last]
@@ -221,9 +214,6 @@ def read_passages(
                 found = torch.cat(own).cpu().numpy()
                 table = np.empty((len(passages), len(found)), np.float32) if table is None else table
                 table[row] = found
-    finally:
-        for handle in handles:
-            handle.remove()
     return table if table is not None else np.empty((0, 0), np.float32)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from tutelage.engines.answers import CachedEngine
 from tutelage.errors import InputError
+from tutelage.feedback.asking import chance
 from tutelage.feedback.model_judge import ComparingJudge, Pair
 from tutelage.records import PreferencePair
 
@@ -130,4 +131,4 @@ def _chances(judge: ComparingJudge, anchors: Sequence[PreferencePair]) -> list[f
     # Kept answers would say the same for ever.
     with engine.anew() if isinstance(engine, CachedEngine) else contextlib.nullcontext():
         told = judge.compare([Pair(a.prompt, a.chosen, a.rejected) for a in anchors])
-    return [None if o.value is None else 1 / (1 + math.exp(-max(-30.0, min(30.0, o.value)))) for o in told]
+    return [None if o.value is None else chance(o.value) for o in told]

@@ -14,7 +14,7 @@ from tutelage.errors import InputError
 from tutelage.feedback.constitution import Principle
 from tutelage.records import Message, Prompt, content_hash
 
-__all__ = ["JudgePrompt", "conversation", "fence", "load_judge_prompt", "rules"]
+__all__ = ["JudgePrompt", "conversation", "fence", "filled", "load_judge_prompt", "rules"]
 
 _HOLES = {
     "pairwise": ("prompt", "first", "second"),
@@ -56,10 +56,15 @@ class JudgePrompt:
 
     def messages(self, **parts: str) -> tuple[Message, ...]:
         """The conversation with its holes filled in."""
-        # One pass over the template: a hole's name inside a judged text stays what it is.
-        text = re.sub(r"\{(\w+)\}", lambda m: parts.get(m[1], m[0]), self.user.strip())
-        lead = (Message("system", self.system.strip()),) if self.system.strip() else ()
-        return (*lead, Message("user", text))
+        return filled(self.system, self.user, parts)
+
+
+def filled(system: str, user: str, parts: Mapping[str, str]) -> tuple[Message, ...]:
+    """A user turn with its {holes} filled in, after a system turn if there is one."""
+    # One pass over the template: a hole's name inside a judged text stays what it is.
+    text = re.sub(r"\{(\w+)\}", lambda m: parts.get(m[1], m[0]), user.strip())
+    lead = (Message("system", system.strip()),) if system.strip() else ()
+    return (*lead, Message("user", text))
 
 
 def rules(principles: Sequence[Principle]) -> str:

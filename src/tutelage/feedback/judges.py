@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tutelage.errors import RecipeError
-from tutelage.feedback.asking import Opinion, Steps, read_labels
+from tutelage.feedback.asking import Opinion, Steps, chance, read_labels
 from tutelage.feedback.constitution import Constitution
 from tutelage.feedback.judge_prompt import JudgePrompt, conversation, fence, rules
 from tutelage.records import Answer, Cost, Prompt, Question, content_hash
@@ -188,7 +188,7 @@ class Pairwise(_Asking):
             "mass": round(mass, 4),
             "unread": len(self._views) - len(sides),
         }
-        p = 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, value))))
+        p = chance(value)
         reason = f"the {'first' if value > 0 else 'second'} is better with {max(p, 1 - p):.0%}, both orders averaged"
         return Opinion(value, reason, evidence, raw, cost, ("first", "second"))
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 from tutelage.errors import RecipeError
-from tutelage.feedback.asking import Opinion, settle
+from tutelage.feedback.asking import Opinion, chance, settle
 from tutelage.feedback.judges import Listwise, Pairwise, Pointwise
 from tutelage.records import Cost, Engine, Generation, Prompt, Verdict, content_hash
 
@@ -138,7 +138,7 @@ def _record(games: Sequence[tuple[int, float | None, Opinion]]) -> Opinion:
     if not known:
         why = games[0][2].reason if games else "abstains: there is no other reply to compare with"
         return Opinion(None, why, {}, raw, cost)
-    chances = [_chance(v) for _, v in known]
+    chances = [chance(v) for _, v in known]
     value = math.fsum(chances) / len(chances)
     evidence = {
         "against": [other for other, _ in known],
@@ -147,10 +147,6 @@ def _record(games: Sequence[tuple[int, float | None, Opinion]]) -> Opinion:
         "flipped": sum(bool(o.evidence.get("flipped")) for _, v, o in games if v is not None),
     }
     return Opinion(value, f"wins {value:.0%} against {len(known)} other replies", evidence, raw, cost)
-
-
-def _chance(log_odds: float) -> float:
-    return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, log_odds))))
 
 
 def difference(a: Opinion, b: Opinion, scale: float) -> Opinion:

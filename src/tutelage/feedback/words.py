@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping
 
 from tutelage.config import data_file
 from tutelage.errors import InputError
+from tutelage.feedback.judge_prompt import filled
 from tutelage.records import Message, content_hash
 
 __all__ = ["Words", "load_words"]
@@ -27,10 +27,7 @@ class Words:
 
     def messages(self, name: str, **parts: str) -> tuple[Message, ...]:
         """The conversation that ends with the template `name`, its holes filled in."""
-        # One pass over the template: a hole's name inside a judged text stays what it is.
-        text = re.sub(r"\{(\w+)\}", lambda m: parts.get(m[1], m[0]), self._texts[name].strip())
-        system = self._texts.get("system", "").strip()
-        return (*((Message("system", system),) if system else ()), Message("user", text))
+        return filled(self._texts.get("system", ""), self._texts[name], parts)
 
     def opening(self, name: str) -> str:
         """How the answer begins; may be empty."""
