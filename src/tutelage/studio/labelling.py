@@ -135,6 +135,9 @@ class _Keyboard:
 
     def key(self) -> str:
         """The next key: a character, "left" or "right"; "q" at the end, "" for a key without a name."""
+        # In turns: a ctrl-c that comes just before a read that blocks would wait for the next key.
+        while not select.select([self._fd], [], [], 0.2)[0]:
+            pass
         first = os.read(self._fd, 1)
         if first in (b"", b"\x04"):
             return "q"
