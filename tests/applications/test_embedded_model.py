@@ -89,7 +89,7 @@ def test_a_run_whose_reward_has_the_wrong_sign_unlearns_and_is_rejected(
         ]
 
     monkeypatch.setattr(tutelage.loop.round, "reward", flipped)
-    rounds = ["update.rounds=3", "update.prompts=32", "update.learning_rate=2e-3", "constraint.enabled=false"]
+    rounds = ["update.rounds=2", "update.prompts=32", "update.learning_rate=4e-3", "constraint.enabled=false"]
     result = teach(tmp_path, labelled(60), *rounds)
     assert gate_shares(tmp_path)["made_up_unanswerable"][1] > 0.6
     assert result.decision == "rejected"

@@ -36,8 +36,13 @@ from tutelage.studio.labelling import label
 print("SUMMARY" + json.dumps(label(Path(sys.argv[1]), Path(sys.argv[2]), annotator=sys.argv[3], seed=5)))
 """
 ASKED = "q ?\r\n"  # the last of the keys: now an answer is waited for
-# A session with a terminal of its own, as a shell gives it, so that ctrl-c is a signal.
-OWN_TERMINAL = "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+# A session with a terminal of its own, as a shell gives it, so that ctrl-c is a signal; and one that is heard:
+# a suite started in the background hands on that interrupts are ignored.
+OWN_TERMINAL = """
+import fcntl, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tutelage.__file__).parents[1]), "TERM": "xterm", "COLUMNS": "80"}
 
 ROWS: list[dict[str, Any]] = [

@@ -34,9 +34,11 @@ class Encoder:
 
         folder = weights.locate(spec) if spec == weights.EMBEDDED_ENCODER else Path(spec)
         try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+            if not folder.is_dir():  # transformers would look for a hub's model of that name, and download it
+                raise OSError(f"{folder} is no directory")
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
             self._model = transformers.AutoModel.from_pretrained(
-                str(folder), use_safetensors=True, trust_remote_code=False
+                str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True
             ).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(

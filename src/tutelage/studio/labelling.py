@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -103,8 +103,9 @@ class _Lines:
                 return word
         return "q"
 
-    def line(self) -> str:
+    def line(self, ask: Callable[[], None]) -> str:
         """The next line, as it is."""
+        ask()
         return sys.stdin.buffer.readline().decode("utf-8", errors="replace").strip()
 
     def forget(self) -> None:
@@ -152,13 +153,14 @@ class _Keyboard:
             sequence += byte
         return _ARROWS.get(sequence, "")
 
-    def line(self) -> str:
-        """A line, typed with echo."""
+    def line(self, ask: Callable[[], None]) -> str:
+        """A line, typed with echo: from before it is asked for, so that a quick typist sees all of it."""
         import termios
 
         silent = termios.tcgetattr(self._fd)
         self._set(self._before)
         try:
+            ask()
             return sys.stdin.buffer.readline().decode("utf-8", errors="replace").strip()
         finally:
             self._set(silent)
@@ -242,9 +244,7 @@ class _Session:
                 seconds = round(time.monotonic() - began, 3)
                 return Label(task.id, task.kind, self.annotator, answers[key], order, seconds, now(), note)
             if key == "n":
-                if not said:
-                    self.say("Note, ended by enter:")
-                note = visible(said or keys.line())
+                note = visible(said or keys.line(lambda: self.say("Note, ended by enter:")))
                 self.say("noted; now the answer")
             elif key == "?":
                 self.say("\n".join(f"  {name:>6}  {meaning}" for name, meaning in words.items()))
