@@ -10,6 +10,8 @@ import pytest
 import tomlkit
 from tests.tiny_world import DATA, tutelage_cli, write_lines
 
+from tutelage.engines import weights
+
 pytest_plugins = ["tests.tiny_world"]
 
 CODE = """
@@ -127,6 +129,53 @@ def test_beside_other_judges_a_refused_one_may_speak(world, code, pairs):
     with_judges(world, {"name": "coin", "kind": f"{code}:coin"})
     tutelage_cli("judge", "check", "--judge", f"{code}:coin", "--pairs", pairs, "--no-injections")
     assert world.play("--set", "update.rounds=1").code == 3
+
+
+def test_a_fusion_is_fitted_checked_and_teaches(world, code, pairs, tmp_path):
+    """`right` is always right and `coin` is a coin: the fusion listens to one of them, alone, in a check and in a run."""
+    panel = tmp_path / "panel.json"
+    two = ["--judge", f"{code}:right", "--judge", f"{code}:coin"]
+    done = tutelage_cli("judge", "fuse", *two, "--pairs", pairs, "--labels", "30", "--out", panel, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["labels"], found["pairs"]) == (30, 30)
+    assert found["weights"]["right"] > 5 * abs(found["weights"]["coin"])
+    assert found["accuracy"]["fusion"] == [1.0, 1.0, 1.0] and found["beats"]["coin"][1] > 0
+    shown = tutelage_cli("judge", "fuse", *two, "--pairs", pairs, "--labels", "30", "--out", panel)
+    assert "fitted on 30 labels" in shown.out and "right" in shown.out
+    check = tutelage_cli("judge", "check", "--judge", f"fusion={panel}", "--pairs", pairs, "--no-injections", "--json")
+    (row,) = json.loads(check.out)
+    assert row["accuracy"][0] == 1.0 and check.code == 0
+    with_judges(world, {"name": "panel", "kind": "fusion", "model": str(panel)})
+    assert world.play("--set", "update.rounds=1").code == 3
+    verdicts = world.rows("verdicts", judge="panel")
+    assert verdicts and all(0 < v["value"] < 1 and {"against", "log_odds"} <= set(v["evidence"]) for v in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--judge", "{code}:right"], "at least two"),
+        (["--judge", "{code}:right", "--judge", "{code}:right"], "at least two"),
+        (["--judge", "{code}:right", "--judge", "{code}:coin", "--labels", "61"], "61 labels"),
+        (["--judge", "{code}:right", "--judge", "{code}:coin", "--labels", "0"], "0 labels"),
+    ],
+)
+def test_a_fusion_that_cannot_be_is_explained(words, said, code, pairs, tmp_path):
+    out = tmp_path / "panel.json"
+    done = tutelage_cli("judge", "fuse", *(w.format(code=code) for w in words), "--pairs", pairs, "--out", out)
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err and not out.exists()
+
+
+@pytest.mark.skipif(not weights.have(weights.EMBEDDED_ENCODER), reason="needs the embedded encoder: `tutelage fetch`")
+def test_stability_is_a_judge_of_a_run(world):
+    own = {"name": "stable", "kind": "stability", "model": world.load().model.name}
+    with_judges(world, own)
+    assert world.play("--set", "update.rounds=1").code == 3
+    verdicts = world.rows("verdicts", judge="stable")
+    known = [v for v in verdicts if v["value"] is not None]
+    assert verdicts and all(0 <= v["value"] <= 1 and v["evidence"]["ways"] for v in known)
+    assert all(v["reason"].startswith("abstains") for v in verdicts if v["value"] is None)
 
 
 def test_an_old_run_is_judged_again_without_generating(played, code, tmp_path):

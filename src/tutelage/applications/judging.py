@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tutelage.config import Judge, data_file
+from tutelage.config import JUDGE_KINDS, Judge, data_file
 from tutelage.engines.weights import cache_dir
 from tutelage.errors import InputError, JudgeRefused, RecipeError
 from tutelage.feedback.audit import Audit, audit
@@ -30,6 +30,7 @@ __all__ = [
     "check_judges",
     "checked",
     "free_name",
+    "fuse_judges",
     "parse_judge",
     "refuse_untrusted",
     "rejudge",
@@ -54,7 +55,7 @@ def parse_judge(spec: str) -> Judge:
         said = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
         raise RecipeError(
             f"'{spec}' is no judge: {said}",
-            expected="[pairwise=|pointwise=|listwise=|critic=]MODEL, or package.module:name",
+            expected="[KIND=]MODEL with KIND one of " + ", ".join(JUDGE_KINDS) + "; or package.module:name",
         ) from error
 
 
@@ -124,6 +125,50 @@ def _remember(row: Audit) -> None:
     folder = cache_dir() / "audits"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{row.version}.json", json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+
+
+def fuse_judges(
+    judges: Sequence[str | Judge],
+    pairs: str | Path,
+    out: str | Path,
+    *,
+    labels: int = 50,
+    limit: int | None = None,
+    constitution: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make one judge of several, by some human labels, and write it as a file that serves as a judge.
+
+    Args:
+        judges: Specs as on the command line, or judges of a recipe; at least two.
+        pairs: JSONL lines {"prompt", "chosen", "rejected"}, or `builtin:pairs`.
+        out: File to write.
+        labels: Pairs whose labels the weights are fitted on; the others are measured on.
+        limit: Only the first N pairs.
+        constitution: Principles to judge by; a run must have the same.
+        progress: Told what happens.
+
+    Returns:
+        file, labels, weights by judge, and what was measured (`fused_judge.fit_panel`).
+
+    Raises:
+        TutelageError: A judge or file cannot be used.
+    """
+    from tutelage.feedback.fused_judge import fit_panel, fusion_file
+
+    if not Path(out).parent.is_dir():
+        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    items = read_pairs(data_file(str(pairs), suffix="judges/*.jsonl"), limit=limit)
+    rules = load_constitution(data_file(constitution, suffix="constitutions/*.toml")) if constitution else None
+    chosen = [parse_judge(spec) if isinstance(spec, str) else spec for spec in judges]
+    say = progress.say if progress is not None else lambda _: None
+    members = [open_judge(judge, rules, answers=answers_file(), say=say) for judge in chosen]
+    if progress is not None:
+        progress.stage("ask the judges", 1, "time")
+    fusion, measured = fit_panel(members, items, labels=labels)
+    write_atomic(Path(out), fusion_file(chosen, members, fusion, measured))
+    weights = {m.name: round(float(w), 4) for m, w in zip(members, fusion.weight_J, strict=True)}
+    return {"file": str(out), "labels": fusion.labels, "weights": weights, **measured}
 
 
 def checked(judge: ComparingJudge) -> dict[str, Any] | None:

@@ -25,7 +25,8 @@ Judges = Annotated[
     Parameter(
         name="--judge",
         negative="",
-        help="judge, repeatable: [pairwise=|pointwise=|listwise=|critic=]MODEL, or package.module:name",
+        help="judge, repeatable: [KIND=]MODEL (KIND: pairwise, pointwise, listwise, sincerity, stability, critic, "
+        "fusion), or package.module:name",
     ),
 ]
 
@@ -94,6 +95,47 @@ def _audit_lines(rows: Sequence[Any]) -> list[str]:
     for row in rows:
         lines += ["", f"{row.judge}: {row.outcome}", *(f"  {why}" for why in row.why)]
         lines += [f"  {name:<28}{told(row)}" for name, told in figures]
+    return lines
+
+
+@judge.command
+def fuse(
+    *,
+    judges: Judges,
+    out: Annotated[Path, help_("file to write: panel.json")],
+    pairs: Annotated[str, help_("JSONL of pairs that people compared, or builtin:pairs")] = "builtin:pairs",
+    labels: Annotated[int, help_("pairs whose labels are learned from; the others are measured on")] = 50,
+    limit: Annotated[int | None, help_("only the first pairs")] = None,
+    constitution: Values = None,
+    as_json: Json = False,
+) -> int:
+    """Make one judge of several: weights from a few human labels, measured on the pairs they did not see.
+
+    The file serves as a judge: kind = "fusion", or --judge fusion=FILE.
+
+    Examples to type:
+        tutelage judge fuse --judge judge.gguf --judge critic=liked.safetensors --pairs pairs.jsonl --out panel.json
+    """
+    from tutelage.applications.judging import fuse_judges
+    from tutelage.studio.console import choose_progress
+
+    with choose_progress(as_json=as_json) as progress:
+        found = fuse_judges(
+            judges, pairs, out, labels=labels, limit=limit, constitution=constitution, progress=progress
+        )
+    show(found, as_json, lambda: _fused_lines(found))
+    return 0
+
+
+def _fused_lines(found: dict[str, Any]) -> list[str]:
+    def triple(of: Sequence[float], sign: str = "") -> str:
+        return "{:{s}.3f} [{:{s}.3f}, {:{s}.3f}]".format(*of, s=sign)
+
+    lines = [f"{found['file']}: fitted on {found['labels']} labels, measured on {found['pairs']} other pairs"]
+    for name, accuracy in found["accuracy"].items():
+        beaten = found["beats"].get(name)
+        more = f"weight {found['weights'][name]:+.2f}; the fusion is {triple(beaten, '+')} better" if beaten else ""
+        lines.append(f"  {name:<28}accuracy {triple(accuracy)}  {more}".rstrip())
     return lines
 
 

@@ -98,22 +98,23 @@ class Feedback(Section):
     consistency_weight: float = Field(0.15, ge=0.0, description="what consistency adds to the belief, log-odds")
 
 
-JUDGE_KINDS = ("pairwise", "pointwise", "listwise", "sincerity", "critic")
+JUDGE_KINDS = ("pairwise", "pointwise", "listwise", "sincerity", "stability", "critic", "fusion")
 
 
 class Judge(Section):
     """A judge of the user's own, as [[judges]]: a model that is asked, code, or a critic from labelled data."""
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="of the judge and of its reward term")
-    kind: str = Field(
-        "pairwise", description="pairwise, pointwise, listwise, sincerity, critic, or package.module:name of your code"
+    kind: str = Field("pairwise", description=f"{', '.join(JUDGE_KINDS)}, or package.module:name of your code")
+    model: str = Field(
+        "", description="embedded name, directory, GGUF file, MODEL@URL; for a critic or a fusion its file"
     )
-    model: str = Field("", description="embedded name, directory, GGUF file, MODEL@URL; for a critic its file")
     prompt: str = Field("", description="judge prompt: TOML file; empty takes the built-in one of the kind")
     principles: Literal["none", "whole", "each"] = Field("whole", description="how the constitution is judged by")
     thoughts: int = Field(0, ge=0, le=16, description="reasons written before the verdict, averaged")
     opponents: Count = Field(2, description="pairwise: replies of its group that each reply is compared with")
     rotations: Count = Field(2, description="listwise: orders in which a group is shown")
+    paraphrases: int = Field(0, ge=0, le=16, description="stability: paraphrases by the model, beside those by rule")
     weight: Positive = Field(1.0, description="of its term in the reward")
     prefill: bool = Field(False, description="MODEL@URL: the server lets a question begin the model's turn")
     parallel: Count = Field(64, description="MODEL@URL: most calls under way at once")
@@ -136,6 +137,8 @@ class Judge(Section):
             raise ValueError(f"kind is '{self.kind}': {', '.join(JUDGE_KINDS)} or package.module:name")
         elif not self.model:
             raise ValueError(f"judge '{self.name}' names no model")
+        if self.paraphrases and self.kind != "stability":
+            raise ValueError(f"a judge of kind '{self.kind}' has no paraphrases")
         return self
 
 

@@ -19,7 +19,7 @@ from tutelage.feedback.asking import Opinion, chance, settle
 from tutelage.feedback.judges import Listwise, Pairwise, Pointwise
 from tutelage.records import Cost, Engine, Generation, Prompt, Verdict, content_hash
 
-__all__ = ["SCALE_ODDS", "CodeJudge", "ComparingJudge", "ModelJudge", "Pair", "difference"]
+__all__ = ["SCALE_ODDS", "CodeJudge", "ComparingJudge", "ModelJudge", "Pair", "difference", "ring", "standings"]
 
 SCALE_ODDS = 4.0  # a rating apart by the whole scale is as sure as log-odds of 4 (98%)
 
@@ -103,30 +103,42 @@ class ModelJudge:
     def _tournaments(
         self, prompts: Sequence[Prompt], generations_PG: Sequence[Sequence[Generation]], how: Pairwise
     ) -> list[list[Opinion]]:
-        games = [
-            (p, i, (i + step) % len(group))
-            for p, group in enumerate(generations_PG)
-            for step in range(1, 1 + min(self.opponents, len(group) // 2))
-            for i in range(len(group))
-            # With an even group the opposite neighbour would be met twice.
-            if not (2 * step == len(group) and i >= step)
-        ]
+        games = ring(generations_PG, self.opponents)
         told = settle(
             self.engine,
             [how.compare(prompts[p], generations_PG[p][i].text, generations_PG[p][j].text) for p, i, j in games],
         )
-        met: dict[tuple[int, int], list[tuple[int, float | None, Opinion]]] = {}
-        for (p, i, j), opinion in zip(games, told, strict=True):
-            value = opinion.value
-            met.setdefault((p, i), []).append((j, value, opinion))
-            met.setdefault((p, j), []).append((i, None if value is None else -value, opinion))
-        return [[_record(met.get((p, i), [])) for i in range(len(group))] for p, group in enumerate(generations_PG)]
+        return standings(generations_PG, games, told)
 
     def _verdict(self, prompt: Prompt, reply: Generation, opinion: Opinion) -> Verdict:
         return Verdict(
             self.name, self.version, reply.id, prompt.hash, opinion.value, opinion.reason, opinion.evidence,
             opinion.cost, (), opinion.raw, opinion.order,
         )  # fmt: skip
+
+
+def ring(generations_PG: Sequence[Sequence[Generation]], opponents: int) -> list[tuple[int, int, int]]:
+    """Who meets whom, as (prompt, reply, other): replies stand in a ring and meet their next neighbours."""
+    return [
+        (p, i, (i + step) % len(group))
+        for p, group in enumerate(generations_PG)
+        for step in range(1, 1 + min(opponents, len(group) // 2))
+        for i in range(len(group))
+        # With an even group the opposite neighbour would be met twice.
+        if not (2 * step == len(group) and i >= step)
+    ]
+
+
+def standings(
+    generations_PG: Sequence[Sequence[Generation]], games: Sequence[tuple[int, int, int]], told: Sequence[Opinion]
+) -> list[list[Opinion]]:
+    """Each reply's opinion from the games of a `ring`: its mean chance to win."""
+    met: dict[tuple[int, int], list[tuple[int, float | None, Opinion]]] = {}
+    for (p, i, j), opinion in zip(games, told, strict=True):
+        value = opinion.value
+        met.setdefault((p, i), []).append((j, value, opinion))
+        met.setdefault((p, j), []).append((i, None if value is None else -value, opinion))
+    return [[_record(met.get((p, i), [])) for i in range(len(group))] for p, group in enumerate(generations_PG)]
 
 
 def _record(games: Sequence[tuple[int, float | None, Opinion]]) -> Opinion:

@@ -9,11 +9,13 @@ from pathlib import Path
 from tutelage.config import JUDGE_KINDS, Judge
 from tutelage.engines.answers import CachedEngine
 from tutelage.engines.choose import Own, open_engine
+from tutelage.engines.encoder import Encoder
 from tutelage.feedback.constitution import Constitution
 from tutelage.feedback.judge_prompt import load_judge_prompt
 from tutelage.feedback.judges import Listwise, Pairwise, Pointwise
 from tutelage.feedback.model_judge import CodeJudge, ComparingJudge, ModelJudge
 from tutelage.feedback.sincerity import SincerityJudge
+from tutelage.feedback.stability import StabilityJudge
 
 __all__ = ["judge_of", "open_judge"]
 
@@ -68,12 +70,20 @@ def open_judge(
         from tutelage.feedback.critic_judge import open_critic
 
         return open_critic(spec.name, Path(spec.model).expanduser(), **({"model": own[0]} if own else {}))
-    words = None if spec.kind == "sincerity" else load_judge_prompt(spec.prompt or f"builtin:{spec.kind}")
+    if spec.kind == "fusion":
+        from tutelage.feedback.fused_judge import open_fused
+
+        return open_fused(spec, lambda member: open_judge(member, constitution, answers=answers, own=own, say=say))
     engine = open_engine(spec, own=own, say=say)
     if answers is not None:
         engine = CachedEngine(engine, answers)
-    if words is None:
+    if spec.kind == "sincerity":
         return SincerityJudge(spec.name, engine)
+    if spec.kind == "stability":
+        return StabilityJudge(
+            spec.name, engine, Encoder().embed, paraphrases=spec.paraphrases, words=spec.prompt or "builtin:stability"
+        )
+    words = load_judge_prompt(spec.prompt or f"builtin:{spec.kind}")
     rules = None if spec.principles == "none" else constitution
     each = spec.principles == "each" and rules is not None
     how: Pairwise | Pointwise | Listwise
