@@ -116,6 +116,27 @@ def test_the_critic_is_trained_once_and_again_for_other_labels(
     assert {"need_accuracy", "need_brier", "need_ece", "act_accuracy"} <= set(note["body"])
 
 
+def test_an_adapter_stands_in_for_the_supervised_stage(world: World) -> None:
+    """A run that takes the adapter of another's stage goes on as the other did, and plays no stage of its own."""
+    words = ("--set", "update.rounds=1")
+    assert world.play(*words, name="whole").code == 3
+    folder = world.runs / "whole" / "checkpoints" / "r0"
+    done = world.play(*words, "--set", f"supervised.adapter={folder}", name="half")
+    assert done.code == 3, done.err
+    assert world.weights("half") == world.weights("whole")
+    assert world.rows("targets", "whole") and not world.rows("targets", "half")
+    (note,) = world.rows("notes", "half", topic="adapter")
+    assert note["body"] == {"folder": str(folder)}
+
+
+@pytest.mark.parametrize(
+    "words", [("supervised.adapter=nowhere",), ("supervised.adapter=.", "supervised.enabled=false")]
+)
+def test_an_adapter_that_cannot_stand_in(words: tuple[str, ...], world: World) -> None:
+    done = world.play(*[w for word in words for w in ("--set", word)])
+    assert done.code == 2 and "supervised.adapter" in done.err and not (world.runs / "one").exists()
+
+
 # ---- every key does something ------------------------------------------------------------------
 
 # key -> (its other value, what must hold for it to matter, where it shows)
@@ -193,7 +214,8 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 # tests/loop/test_supervised.py (a random model has no answer that is worth keeping), a server in
 # tests/engines/test_vllm.py, judges of one's own in tests/applications/test_judging.py.
 ELSEWHERE = {
-    "feedback.allow_refused", "feedback.anchors", "feedback.anchor_every", "judges", "model.device", "model.hub", "sampling.server", "supervised.anchor",
+    "feedback.allow_refused", "feedback.anchors", "feedback.anchor_every", "judges", "model.device", "model.hub", "sampling.server", "supervised.adapter",
+    "supervised.anchor",
 }  # fmt: skip
 
 

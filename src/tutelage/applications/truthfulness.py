@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,6 +56,12 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     constitution = load_constitution(data_file(recipe.feedback.constitution, suffix="constitutions/*.toml"))
     labelled(recipe)
     anchors_of(recipe)
+    if recipe.supervised.adapter and not Path(recipe.supervised.adapter).is_dir():
+        raise InputError(
+            f"supervised.adapter is {recipe.supervised.adapter}, which is no folder",
+            expected="a folder with an adapter, for example runs/NAME/checkpoints/r0",
+            fix="check the path, or leave it out to play the stage",
+        )
     return train, gate, heldout, constitution
 
 

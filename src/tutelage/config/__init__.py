@@ -82,6 +82,8 @@ class Recipe(Section):
     def _makes_sense(self) -> Recipe:
         if not self.supervised.enabled and self.update.rounds == 0:
             raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
+        if self.supervised.adapter and not self.supervised.enabled:
+            raise ValueError("supervised.adapter stands in for the supervised stage, and supervised.enabled is false")
         if self.update.rounds and not any(self.rewards.model_dump().values()):
             raise ValueError("all weights in [rewards] are 0: the rounds would have nothing to learn from")
         if self.sampling.server and self.sampling.int8:

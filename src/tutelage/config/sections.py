@@ -191,6 +191,9 @@ class Supervised(Section):
     """The first stage: learning from kept and revised replies, so that the new behaviour is ever sampled."""
 
     enabled: bool = Field(True, description="off is the ablation")
+    adapter: str = Field(
+        "", description="folder of an adapter (a run's checkpoint, or PEFT's) taken instead of the stage"
+    )
     samples: Count = Field(3, description="replies a prompt that are judged")
     temperature: Positive = Field(0.7, description="of those replies")
     top_k: int = Field(0, ge=0, description="of those replies; 0 is off")

@@ -8,6 +8,7 @@ run ends bit-equal to an undisturbed one.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -169,16 +170,11 @@ def _learn(session: _Session, done: set[str]) -> None:
         raise NothingToLearn("the run had stopped: no judge gave anything to learn from (see its ledger)")
     if recipe.supervised.enabled and "supervised" not in done:
         with session.unit("supervised", "supervised") as unit:
-            replies, findings = look(bench, session.train, unit)
-            targets = revise(bench, session.train, replies, findings)
-            if not targets:
-                raise NothingToLearn(
-                    "the supervised stage has no target: the panel was unsure of every question",
-                    expected="at least one question that a judge has an opinion on",
-                    fix="look at the abstentions in the ledger; lower feedback.min_confidence",
-                )
-            unit.targets(t for _, t, _ in targets)
-            imitate(bench, targets, unit)
+            if recipe.supervised.adapter:
+                _take_over(bench, Path(recipe.supervised.adapter))
+                unit.note("adapter", {"folder": recipe.supervised.adapter})
+            else:
+                _supervised_stage(session, unit)
             bench.save("r0")
     for number in range(1, recipe.update.rounds + 1):
         name = f"round-{number}"
@@ -187,6 +183,28 @@ def _learn(session: _Session, done: set[str]) -> None:
         with session.unit(name, "policy-gradient") as unit:
             play_round(bench, bench.pick(session.train, recipe.update.prompts, number), unit, number)
             bench.save(f"r{number}")
+
+
+def _take_over(bench: Workbench, folder: Path) -> None:
+    """An adapter, and what the panel had heard when a run wrote it (an adapter of PEFT's knows nothing of that)."""
+    bench.adapter.load(folder)
+    heard = folder / "state.json"
+    if heard.is_file():
+        bench.panel.load(json.loads(heard.read_text(encoding="utf-8"))["panel"])
+
+
+def _supervised_stage(session: _Session, unit: Unit) -> None:
+    bench = session.bench
+    replies, findings = look(bench, session.train, unit)
+    targets = revise(bench, session.train, replies, findings)
+    if not targets:
+        raise NothingToLearn(
+            "the supervised stage has no target: the panel was unsure of every question",
+            expected="at least one question that a judge has an opinion on",
+            fix="look at the abstentions in the ledger; lower feedback.min_confidence",
+        )
+    unit.targets(t for _, t, _ in targets)
+    imitate(bench, targets, unit)
 
 
 def _finish(session: _Session, stopped: str) -> Result:

@@ -37,7 +37,7 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     shape = _shape(recipe)
     s, u = recipe.supervised, recipe.update
     prompts = min(u.prompts, len(train))
-    looked = len(train) * s.samples if s.enabled else 0
+    looked = len(train) * s.samples if s.enabled and not s.adapter else 0
     rolled = u.rounds * prompts * u.samples
     every = [*train, *(item.prompt for item in (*gate, *heldout))]
     speeds = measure(recipe, every[:: max(1, len(every) // 200)])
@@ -76,7 +76,7 @@ def _seconds(work: _Work, *, train: int, gate: int, heldout: int) -> dict[str, f
     prompts = min(u.prompts, train)
     start = _START + work.generate(gate, 1, fresh)
     supervised = 0.0
-    if s.enabled:
+    if s.enabled and not s.adapter:
         supervised = work.generate(train, s.samples, fresh) + work.generate(train // 2, 1, taught)
         supervised += work.forward(train * own) + train * (s.samples + 0.5) * _SECONDS_A_VERDICT
         supervised += s.epochs * work.learn(train, s.batch, own + taught, anchored=s.anchor > 0)
