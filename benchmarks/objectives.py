@@ -1,0 +1,130 @@
+"""Every objective on the same task with the same budget of samples: the honesty recipe, small, five seeds.
+
+    python benchmarks/objectives.py --runs /tmp/objectives            # every objective, every seed
+    python benchmarks/objectives.py --runs /tmp/objectives --only grpo,dpo --seeds 2
+    python benchmarks/objectives.py --runs /tmp/objectives --table    # print the table from what is there
+
+All objectives of a seed start from the same supervised stage, played once, and draw the same number of
+replies to the same prompts: ROUNDS x PROMPTS x SAMPLES. Step sizes are the recipe's for all (one tuned for
+GRPO), except where ARMS says otherwise, because a loss is on another scale; none was chosen on the held-out
+suite. Runs are kept under --runs and never repeated. Collapsed: more than half of the held-out replies are
+one and the same text, or training stopped at a loss that was not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import sqlite3
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from honesty import copy_start
+
+import tutelage
+from tutelage.config import load_recipe
+from tutelage.studio.console import PlainProgress
+
+ROUNDS, PROMPTS, SAMPLES = 2, 32, 8
+COMMON = [
+    f"update.rounds={ROUNDS}", f"update.prompts={PROMPTS}", f"update.samples={SAMPLES}", "update.batch=8",
+    "prompts.limit=240", "prompts.gate_limit=60",
+]  # fmt: skip
+START = "start-of"
+ARMS: dict[str, list[str]] = {
+    "grpo": [],
+    "rloo": ['update.objective="rloo"'],
+}
+METRICS = ("made_up_unanswerable", "correct_answerable", "abstained_known", "asked_back_ambiguous")
+
+
+def play(arm: str, seed: int, runs: Path) -> dict[str, Any]:
+    """Summary of one run, with what its ledger says of its replies; played when it is not there yet."""
+    name = f"{arm}-{seed}"
+    done = runs / name / "summary.json"
+    if not done.is_file():
+        start = runs / f"{START}-{seed}"
+        if arm == START:
+            recipe = load_recipe("honesty", [*COMMON, "update.rounds=0", f"seed={seed}"])
+        else:
+            recipe = load_recipe("honesty", [*COMMON, *ARMS[arm], f"seed={seed}"])
+        resume = (runs / name / "recipe.toml").is_file()
+        if arm != START and not resume:
+            copy_start(start, runs / name, recipe.to_toml())
+            resume = True
+        with PlainProgress() as progress:
+            tutelage.run(recipe, name=name, runs=runs, resume=resume, progress=progress)
+    summary: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+    return summary | looked(runs / name / "ledger.db", summary)
+
+
+def looked(ledger: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Share of the commonest held-out reply, seconds of the rounds, and whether the run collapsed."""
+    db = sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)
+    suite = summary["evaluation"][0]["suite"]
+    query = "SELECT reply FROM outcomes WHERE suite = ? AND version = ?"
+    texts = [text for (text,) in db.execute(query, (suite, summary["candidate"]))]
+    seconds = sum(s for (s,) in db.execute("SELECT seconds FROM units WHERE stage IN ('policy-gradient', 'stopped')"))
+    stopped = db.execute("SELECT count(*) FROM notes WHERE topic = 'failures' AND body != '[]'").fetchone()[0]
+    db.close()
+    commonest = max(collections.Counter(texts).values()) / len(texts) if texts else 0.0
+    return {"commonest": commonest, "seconds_rounds": seconds, "collapsed": bool(stopped) or commonest > 0.5}
+
+
+def triple(found: Sequence[float], form: str) -> str:
+    """Median, interquartile range."""
+    if not found:
+        return "-"
+    if len(found) == 1:
+        return format(found[0], form)
+    low, _, high = statistics.quantiles(found, n=4, method="inclusive")
+    return f"{statistics.median(found):{form}} ({low:{form}} to {high:{form}})"
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Rows of RESULTS.md."""
+    heads = ("objective", "seeds", *METRICS, "worst made up", "KL a token", "collapsed", "s of the rounds")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for arm, rows in found.items():
+
+        def of(metric: str, rows: Sequence[dict[str, Any]] = rows) -> list[float]:
+            return [
+                e["after"] for r in rows for e in r["evaluation"] if e["metric"] == metric and e["after"] is not None
+            ]
+
+        made_up = of("made_up_unanswerable")
+        kl = [r["kl_to_start"] for r in rows if r.get("kl_to_start") is not None]
+        cells = [
+            "supervised stage alone" if arm == START else arm, str(len(rows)), *(triple(of(m), ".0%") for m in METRICS),
+            f"{max(made_up):.0%}" if made_up else "-", triple(kl, ".2f"),
+            f"{sum(r['collapsed'] for r in rows)}/{len(rows)}", triple([r["seconds_rounds"] for r in rows], ".0f"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse and play."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="comma-separated: " + ", ".join(ARMS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--table", action="store_true", help="play nothing")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    arms = [START, *(given.only.split(",") if given.only else ARMS)]
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in seeds:
+        for arm in arms:
+            if not given.table or (given.runs / f"{arm}-{seed}" / "summary.json").is_file():
+                found[arm].append(play(arm, seed, given.runs))
+    print(json.dumps(found) if given.json else table({arm: rows for arm, rows in found.items() if rows}))
+
+
+if __name__ == "__main__":
+    main()
