@@ -352,7 +352,8 @@ def test_the_same_model_weighs_every_token_one() -> None:
     logp = torch.tensor([[-1.0, -2.0, -3.0]])
     weight, apart = importance(logp, logp, torch.ones(1, 3), cap=2.0)
     assert weight.tolist() == [[1.0, 1.0, 1.0]]
-    assert apart == {"mismatch_kl": 0.0, "effective_sample_size": pytest.approx(1.0), "truncated": 0.0}
+    whole = {"mismatch_kl": 0.0, "mismatch_k3": 0.0, "effective_sample_size": pytest.approx(1.0), "truncated": 0.0}
+    assert apart == whole
 
 
 @given(st.integers(0, 10_000))
