@@ -43,7 +43,8 @@ _NOTES: Mapping[str, str] = {
     "credit": "See [Credit](credit.md). With `last`, `beta` has no effect.",
     "lora": "Why A starts where the critic looks is said in [a design note](../design/002-critic-aligned-adapter.md).",
     "supervised": "See [Supervised](objectives/supervised.md).",
-    "update": "See [GRPO](objectives/grpo.md) and [RLOO](objectives/rloo.md).",
+    "update": "Each objective has its page: [which to choose](objectives/reinforce.md#which-of-them).",
+    "objective": "Which objective reads which key is on [the objectives' pages](objectives/reinforce.md#which-of-them).",
     "gate": "See [Gate](gate.md).",
     "limits": (
         "`seconds` is looked at before each unit of work, so a run may go over it by one unit. `memory_gb` changes "

@@ -16,6 +16,8 @@ from typing import Any
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from tutelage.config.objectives import BASELINES, OBJECTIVES, Objective
+from tutelage.config.section import Section
 from tutelage.config.sections import (
     JUDGE_KINDS,
     Constraint,
@@ -29,7 +31,6 @@ from tutelage.config.sections import (
     Prompts,
     Rewards,
     Sampling,
-    Section,
     Supervised,
     Update,
 )
@@ -38,6 +39,7 @@ from tutelage.records import content_hash
 
 __all__ = [
     "JUDGE_KINDS",
+    "OBJECTIVES",
     "Constraint",
     "Credit",
     "Feedback",
@@ -46,6 +48,7 @@ __all__ = [
     "Limits",
     "Lora",
     "Model",
+    "Objective",
     "Prompts",
     "Recipe",
     "Rewards",
@@ -75,6 +78,7 @@ class Recipe(Section):
     lora: Lora = Lora()
     supervised: Supervised = Supervised()
     update: Update = Update()
+    objective: Objective = Objective()
     gate: Gate = Gate()
     limits: Limits = Limits()
 
@@ -97,7 +101,28 @@ class Recipe(Section):
         names = [j.name for j in self.judges]
         if len(set(names)) < len(names):
             raise ValueError("two [[judges]] have the same name")
+        u = self.update
+        if u.importance in ("mask", "geometric") and u.importance_low >= u.importance_cap:
+            raise ValueError(f"update.importance = {u.importance} needs importance_low below importance_cap")
+        self._objective_reads_its_options()
         return self
+
+    def _objective_reads_its_options(self) -> None:
+        """A key that nothing reads would be believed to do something."""
+        name, kind = self.update.objective, OBJECTIVES[self.update.objective]
+        given = [key for key, value in self.objective.model_dump().items() if value is not None]
+        unread = [key for key in given if key not in kind.options]
+        if unread:
+            own = ", ".join(f"objective.{key}" for key in kind.options) or "none"
+            raise ValueError(f"objective.{unread[0]} is not read by update.objective = {name}, which reads {own}")
+        if self.objective.baseline not in (None, *BASELINES.get(name, ())):
+            known = ", ".join(BASELINES[name])
+            raise ValueError(f"objective.baseline is '{self.objective.baseline}': {name} has {known}")
+        if self.objective.decay is not None and self.objective.baseline != "moving":
+            raise ValueError("objective.decay is read only with objective.baseline = moving")
+        if not kind.clips and self.update.clip != Update.model_fields["clip"].default:
+            own = " and ".join(f"objective.{k}" for k in kind.options if k.startswith(("clip", "cap"))) or "nothing"
+            raise ValueError(f"update.clip is not read by update.objective = {name}; it clips by {own}")
 
     @property
     def hash(self) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from tutelage.config.objectives import ObjectiveName
+from tutelage.config.section import Count, Fraction, Positive, Section
 
 __all__ = [
     "JUDGE_KINDS",
@@ -23,26 +26,6 @@ __all__ = [
     "Supervised",
     "Update",
 ]
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """What all sections share: unknown keys are errors, nothing changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_yes_for_numbers(cls, data: Any) -> Any:
-        """Otherwise pydantic would read `true` as 1."""
-        for key, value in data.items() if isinstance(data, dict) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{key} is {str(value).lower()}, which is no number")
-        return data
 
 
 class Model(Section):
@@ -207,15 +190,19 @@ class Supervised(Section):
 class Update(Section):
     """The policy-gradient rounds."""
 
-    objective: Literal["grpo", "rloo"] = Field("grpo", description="which advantage and loss")
+    objective: ObjectiveName = Field("grpo", description="which advantage and loss")
     rounds: int = Field(2, ge=0, description="rounds after the supervised stage")
     prompts: Count = Field(64, description="prompts a round")
     samples: int = Field(8, ge=2, description="G, replies a prompt")
     batch: Count = Field(16, description="prompts an optimiser step")
     learning_rate: Positive = Field(1.5e-4, description="constant")
-    clip: Positive = Field(0.2, description="epsilon of the ratio clip")
+    clip: Positive = Field(0.2, description="epsilon of the ratio clip; some objectives have their own in [objective]")
     kl: float = Field(0.05, ge=0.0, description="weight of the KL term to the start model")
+    importance: Literal["token", "mask", "sequence", "geometric", "none"] = Field(
+        "token", description="how tokens that a slightly other model drew are weighed, with sampling.int8 or server"
+    )
     importance_cap: Positive = Field(2.0, description="largest importance weight, with sampling.int8 or server")
+    importance_low: Positive = Field(0.5, description="least ratio that `mask` and `geometric` keep")
     max_grad_norm: Positive = Field(1.0, description="gradients are scaled down to this norm")
     token_budget: Count = Field(2048, description="tokens a packed micro-batch holds; bounds memory")
 

@@ -25,6 +25,9 @@ class Batch:
         anchor_BT: What each token's drift weighs; None when nothing is anchored.
         drift_BT: KL(start || policy) of the next-token distribution, exact, where `anchor_BT` is above
             zero (zero elsewhere); carries a gradient.
+        value_BT: What the value head expects from before each token on; carries a gradient. None without one.
+        old_value_BT: The same when the replies were judged.
+        return_BT: What came of it, which the value head learns.
     """
 
     logp_BT: torch.Tensor
@@ -36,6 +39,9 @@ class Batch:
     tokens_in_step: int
     anchor_BT: torch.Tensor | None = None
     drift_BT: torch.Tensor | None = None
+    value_BT: torch.Tensor | None = None
+    old_value_BT: torch.Tensor | None = None
+    return_BT: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tutelage.config import Recipe
-from tutelage.engines.batch import Objective
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
@@ -22,12 +21,13 @@ from tutelage.errors import StoreError
 from tutelage.feedback.drift import Anchored
 from tutelage.feedback.model_judge import ComparingJudge
 from tutelage.feedback.panel import Panel
+from tutelage.loop.choice import Choice, choose
 from tutelage.loop.evaluate import Completer
 from tutelage.objectives.constrained import PidMultiplier
-from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, advantages_rloo
 from tutelage.policy.full import FullWeights
 from tutelage.policy.learner import Learner, Scores, score
 from tutelage.policy.lora import Adapter
+from tutelage.policy.values import ValueHead
 from tutelage.records import Generation, PreferencePair, Progress, Prompt, content_hash
 from tutelage.store.runs import Run
 
@@ -69,10 +69,13 @@ class Workbench:
     anchors: Sequence[PreferencePair] = ()
     anchored: dict[str, Anchored] = dataclasses.field(default_factory=dict)
     trust: dict[str, float] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, float] = dataclasses.field(default_factory=dict)
     version: str = "start"
     multiplier: PidMultiplier = dataclasses.field(init=False)
     completer: LocalCompleter = dataclasses.field(init=False)
     roller: Completer = dataclasses.field(init=False)
+    choice: Choice = dataclasses.field(init=False)
+    values: ValueHead | None = dataclasses.field(init=False, default=None)
 
     def __post_init__(self) -> None:
         c = self.recipe.constraint
@@ -85,6 +88,9 @@ class Workbench:
             self.roller = LocalCompleter(self.lm, rows=s.rows, int8=True)
         if s.server:
             self.roller = VllmCompleter(self.lm, s.server, adapter=self._adapter_of, parallel=s.rows)
+        self.choice = choose(self.recipe)
+        if self.choice.values is not None:
+            self.values = ValueHead(self.lm.head_VD.shape[1], self.lm.device)
         self.learner = self._new_learner(self.recipe.update.learning_rate)
         self._encoded: dict[str, tuple[int, ...]] = {}
 
@@ -101,18 +107,13 @@ class Workbench:
             learning_rate=learning_rate,
             budget=u.token_budget,
             max_grad_norm=u.max_grad_norm,
+            values=self.values,
+            value_learning_rate=self.choice.values.value_learning_rate if self.choice.values else 0.0,
         )
 
     def restart_learner(self, learning_rate: float) -> None:
         """Fresh optimiser: the supervised stage's moments do not fit the policy gradient's scale."""
         self.learner = self._new_learner(learning_rate)
-
-    def objective(self) -> tuple[Objective, Callable[[torch.Tensor], torch.Tensor]]:
-        """The recipe's objective and its advantage."""
-        u = self.recipe.update
-        if u.objective == "rloo":
-            return Rloo(u.clip, u.kl), advantages_rloo
-        return Grpo(u.clip, u.kl), advantages_grpo
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Tokens of a prompt, kept."""
@@ -130,7 +131,7 @@ class Workbench:
     def scores(
         self, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], *, attention: bool = False
     ) -> Scores:
-        """One pass of the policy as it stands over the replies."""
+        """One pass of the policy as it stands over the replies, and of the value head where there is one."""
         groups, row = [], 0
         for prompt, replies in zip(prompts, replies_PG, strict=True):
             groups.append(
@@ -147,6 +148,7 @@ class Workbench:
             budget=self.recipe.update.token_budget,
             attention=attention,
             temperature=self.recipe.sampling.temperature,
+            values=self.values,
         )
 
     def pick(self, prompts: Sequence[Prompt], count: int, number: int) -> list[Prompt]:
@@ -175,14 +177,17 @@ class Workbench:
         return None if version == "start" else self.run.verify_checkpoint(version)
 
     def save(self, version: str) -> None:
-        """Write a checkpoint: adapter in PEFT's format, optimiser, multiplier, what the panel heard."""
+        """Write a checkpoint: adapter in PEFT's format, value head, optimiser, multiplier, what the panel heard."""
 
         def write(folder: Path) -> None:
             self.adapter.save(folder)
+            if self.values is not None:
+                self.values.save(folder)
             save_file(_optimizer_tensors(self.learner), str(folder / "optimizer.safetensors"))
             state = {"version": version, "multiplier": self.multiplier.state(), "panel": self.panel.state()}
             state["anchored"] = {name: a.state() for name, a in self.anchored.items()}
             state["trust"] = dict(self.trust)
+            state["baselines"] = dict(self.baselines)
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
         self.run.save_checkpoint(version, write)
@@ -192,6 +197,9 @@ class Workbench:
         """Forget what a unit that broke off has changed: what is measured next is the last version."""
         if self.version == "start":
             self.adapter.clear()
+            self.baselines.clear()
+            if self.values is not None:
+                self.values.clear()
         else:
             self.load(self.version)
 
@@ -203,6 +211,8 @@ class Workbench:
         """
         folder = self.run.verify_checkpoint(version)
         self.adapter.load(folder)
+        if self.values is not None:
+            self.values.load(folder)
         self.restart_learner(self.recipe.update.learning_rate)
         _load_optimizer(self.learner, load_file(str(folder / "optimizer.safetensors")))
         try:
@@ -213,6 +223,7 @@ class Workbench:
         self.panel.load(state["panel"])
         self.anchored = {name: Anchored.load(kept) for name, kept in state.get("anchored", {}).items()}
         self.trust = {name: float(factor) for name, factor in state.get("trust", {}).items()}
+        self.baselines = {name: float(mean) for name, mean in state.get("baselines", {}).items()}
         self.version = version
 
 

@@ -12,8 +12,10 @@ from tutelage.loop.stages import (
     generate,
     hold_to_anchors,
     judge,
+    rescore,
     reward,
     spread_credit,
+    teaching,
     update,
     watch,
 )
@@ -46,13 +48,15 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     unit.metrics(number, "rollout", seen | {"multiplier": bench.multiplier.value})
     bench.progress.figures(cost=seen["cost"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"])
 
-    advantage_PG = advantages(bench, rewards_PG)
-    if not bool((advantage_PG != 0).any()):
+    scores = bench.frozen_scores(prompts, replies_PG, attention=bench.recipe.credit.method == "attention")
+    drawn = rescore(bench, prompts, replies_PG, unit, number)
+    advantage_PG = advantages(bench, rewards_PG, replies_PG, scores, drawn)
+    trains_PG = teaching(bench, rewards_PG, replies_PG, advantage_PG)
+    if not any(map(any, trains_PG)):
         raise NothingToLearn(
             f"round {number}: no group of replies has rewards that differ",
             expected="at least one group with two valid, different rewards",
             fix="look at the abstentions in the ledger; raise update.samples or sampling.temperature",
         )
-    scores = bench.frozen_scores(prompts, replies_PG, attention=bench.recipe.credit.method == "attention")
     credit_BT = spread_credit(bench, advantage_PG, scores, replies_PG, unit)
-    update(bench, prompts, replies_PG, scores, credit_BT, advantage_PG, unit, number)
+    update(bench, prompts, replies_PG, scores, drawn, credit_BT, trains_PG, unit, number)

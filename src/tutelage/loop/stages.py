@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,8 +13,10 @@ from tutelage.errors import JudgeRefused
 from tutelage.feedback.drift import Anchored
 from tutelage.feedback.panel import Findings
 from tutelage.loop.bench import Workbench, derive_seed
+from tutelage.loop.choice import Rewards
+from tutelage.objectives.advantages import gae, moving_mean, overlong_penalty, whiten
 from tutelage.objectives.constrained import mix_advantages
-from tutelage.objectives.policy_gradient import importance
+from tutelage.objectives.divergence import importance, kl_k1
 from tutelage.policy.learner import Scores, TrainGroup, padded
 from tutelage.records import Generation, Prompt, Reward, SamplerSettings
 from tutelage.rewards.compose import compose
@@ -21,12 +24,27 @@ from tutelage.rewards.terms import text_verdict
 from tutelage.store.ledger import Unit
 
 __all__ = [
-    "advantages", "figures", "generate", "hold_to_anchors", "judge", "reward", "share_withheld", "spread_credit",
-    "update", "watch",
+    "Drawn", "advantages", "figures", "generate", "hold_to_anchors", "judge", "rescore", "reward",
+    "share_withheld", "spread_credit", "teaching", "update", "watch",
 ]  # fmt: skip
 
 # Terms with an opinion on content: text terms alone must not train.
 _ESSENTIAL = ("fit", "principles", "consistency")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What is known of the tokens that were drawn.
+
+    Args:
+        logp_BT: Their log-probabilities under the policy, before this round's steps.
+        weight_BT: Importance weights; None where the policy itself drew them.
+        value_BT: What the value head expected before each; None without one.
+    """
+
+    logp_BT: torch.Tensor
+    weight_BT: torch.Tensor | None = None
+    value_BT: torch.Tensor | None = None
 
 
 def generate(bench: Workbench, prompts: Sequence[Prompt], number: int) -> list[list[Generation]]:
@@ -109,17 +127,62 @@ def reward(bench: Workbench, findings: Findings, replies_PG: Sequence[Sequence[G
     ]
 
 
-def advantages(bench: Workbench, rewards_PG: Sequence[Sequence[Reward]]) -> torch.Tensor:
+def rescore(
+    bench: Workbench, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], unit: Unit, number: int
+) -> Drawn:
+    """What the policy gave the drawn tokens, importance weights for them, and the value head's expectations.
+
+    The policy scores the replies again only where a slightly other model drew them, or for the values.
+    """
+    drawn_BT = padded([reply.logps for group in replies_PG for reply in group])
+    exact = bench.recipe.sampling.exact
+    if exact and bench.values is None:
+        return Drawn(drawn_BT)
+    scores = bench.scores(prompts, replies_PG)
+    if exact:
+        return Drawn(drawn_BT, None, scores.value_BT)
+    u = bench.recipe.update
+    weight_BT, apart = importance(
+        scores.logp_BT, drawn_BT, scores.keep_BT, cap=u.importance_cap, method=u.importance, low=u.importance_low
+    )
+    unit.metrics(number, "importance", apart)
+    return Drawn(scores.logp_BT, weight_BT, scores.value_BT)
+
+
+def advantages(
+    bench: Workbench,
+    rewards_PG: Sequence[Sequence[Reward]],
+    replies_PG: Sequence[Sequence[Generation]],
+    scores: Scores,
+    drawn: Drawn,
+) -> torch.Tensor:
     """Advantages of the rewards, mixed with those of the constrained cost."""
-    _, advantage = bench.objective()
+    choice = bench.choice
+    lengths = torch.tensor([[len(r.tokens) for r in group] for group in replies_PG])
     table = torch.tensor([[math.nan if r.total is None else r.total for r in g] for g in rewards_PG])
-    mixed = advantage(table)
+    if choice.overlong:
+        table = table + overlong_penalty(lengths, limit=bench.recipe.sampling.max_new_tokens, share=choice.overlong)
+    if choice.divergence == "reply":
+        spent_B = (kl_k1(drawn.logp_BT, scores.logp_BT) * scores.keep_BT).sum(-1)
+        table = table - bench.recipe.update.kl * spent_B.view_as(table)
+    mixed = _estimate(bench, "reward", table, lengths)
     if bench.recipe.constraint.enabled:
         costs = torch.tensor([[r.costs["over_abstention"] for r in g] for g in rewards_PG])
-        cost_advantage = advantage(torch.where(table.isnan(), math.nan, costs))
+        cost_advantage = _estimate(bench, "cost", torch.where(table.isnan(), math.nan, costs), lengths)
         # Weighed by how answerable the question is held to be: a constraint on what should be answered.
         mixed = mix_advantages(mixed, cost_advantage * costs.amax(-1, keepdim=True), bench.multiplier.value)
     return mixed
+
+
+def _estimate(bench: Workbench, name: str, table_PG: torch.Tensor, lengths_PG: torch.Tensor) -> torch.Tensor:
+    """Advantages, and what later rounds need to know of these rewards."""
+    before = bench.baselines.get(name)
+    found = bench.choice.estimate(Rewards(table_PG, lengths_PG, before))
+    if bench.choice.decay is not None:
+        after = moving_mean(before, table_PG, decay=bench.choice.decay)
+        if after is not None:
+            bench.baselines[name] = after
+    return found
 
 
 def spread_credit(
@@ -147,67 +210,91 @@ def update(
     prompts: Sequence[Prompt],
     replies_PG: Sequence[Sequence[Generation]],
     scores: Scores,
+    drawn: Drawn,
     credit_BT: torch.Tensor,
-    advantage_PG: torch.Tensor,
+    trains_PG: Sequence[Sequence[bool]],
     unit: Unit,
     number: int,
 ) -> None:
-    """Optimiser steps on the groups that have something to teach."""
-    objective, _ = bench.objective()
-    value_BT = credit.reward_to_go(credit_BT)
-    old_BT = None
-    if not bench.recipe.sampling.exact:
-        old_BT, weight_BT = _corrected(bench, prompts, replies_PG, unit, number)
-        value_BT = value_BT * weight_BT
+    """Optimiser steps on the replies that have something to teach."""
+    tables = {"old_logp": drawn.logp_BT, "ref_logp": scores.logp_BT}
+    if bench.choice.values is None:
+        tables["advantage"] = credit.reward_to_go(credit_BT)
+    else:
+        kept_B = torch.tensor([one for group in trains_PG for one in group], dtype=scores.keep_BT.dtype)
+        tables |= _expected(bench, scores, drawn, credit_BT, scores.keep_BT * kept_B[:, None])
+    if drawn.weight_BT is not None:
+        tables["advantage"] = tables["advantage"] * drawn.weight_BT
     groups, row = [], 0
-    for prompt, replies, advantage_G in zip(prompts, replies_PG, advantage_PG, strict=True):
-        rows = range(row, row + len(replies))
+    for prompt, replies, trains_G in zip(prompts, replies_PG, trains_PG, strict=True):
+        rows = [row + g for g, trains in enumerate(trains_G) if trains]
+        kept = [reply.tokens for reply, trains in zip(replies, trains_G, strict=True) if trains]
         row += len(replies)
-        if not bool((advantage_G != 0).any()):
-            continue  # a dead group: every reply did equally well
-        lengths = [len(r.tokens) for r in replies]
-        groups.append(
-            TrainGroup(
-                bench.encode(prompt),
-                tuple(r.tokens for r in replies),
-                tuple(tuple(value_BT[b, :n].tolist()) for b, n in zip(rows, lengths, strict=True)),
-                tuple(
-                    r.logps if old_BT is None else tuple(old_BT[b, : len(r.tokens)].tolist())
-                    for b, r in zip(rows, replies, strict=True)
-                ),
-                tuple(tuple(scores.logp_BT[b, :n].tolist()) for b, n in zip(rows, lengths, strict=True)),
-            )
-        )
+        if not kept:
+            continue  # a dead group: every reply did equally well, or none can be learned from
+        cut = {
+            key: tuple(tuple(table[b, : len(tokens)].tolist()) for b, tokens in zip(rows, kept, strict=True))
+            for key, table in tables.items()
+        }
+        groups.append(TrainGroup(bench.encode(prompt), tuple(kept), **cut))
     size = bench.recipe.update.batch
     bench.progress.stage(f"round {number}: update", len(groups), "prompts")
     for start in range(0, len(groups), size):
         part = groups[start : start + size]
-        numbers = bench.learner.step(part, objective, temperature=bench.recipe.sampling.temperature)
+        numbers = bench.learner.step(part, bench.choice.loss, temperature=bench.recipe.sampling.temperature)
         unit.metrics(number * 1000 + start // size, "update", numbers)
         bench.progress.figures(kl=numbers.get("kl_to_start", 0.0), loss=numbers["loss"])
         bench.progress.advance(len(part))
 
 
-def _corrected(
-    bench: Workbench, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], unit: Unit, number: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The policy's own log-probabilities of what a slightly other model drew, and importance weights for it."""
-    scores = bench.scores(prompts, replies_PG)
-    drawn_BT = padded([reply.logps for group in replies_PG for reply in group])
-    weight_BT, apart = importance(scores.logp_BT, drawn_BT, scores.keep_BT, cap=bench.recipe.update.importance_cap)
-    unit.metrics(number, "importance", apart)
-    return scores.logp_BT, weight_BT
+def teaching(
+    bench: Workbench,
+    rewards_PG: Sequence[Sequence[Reward]],
+    replies_PG: Sequence[Sequence[Generation]],
+    advantage_PG: torch.Tensor,
+) -> list[list[bool]]:
+    """Which replies train. A group without a difference teaches nothing, except to a value head."""
+    found = []
+    for rewards, replies, advantage_G in zip(rewards_PG, replies_PG, advantage_PG, strict=True):
+        known = sum(r.total is not None for r in rewards) > 1
+        alive = known if bench.choice.values is not None else bool((advantage_G != 0).any())
+        found.append(
+            [
+                alive
+                and (reply.finished or not bench.choice.masks_truncated)
+                and (reward.total is not None or bench.choice.values is None)
+                for reward, reply in zip(rewards, replies, strict=True)
+            ]
+        )
+    return found
+
+
+def _expected(
+    bench: Workbench, scores: Scores, drawn: Drawn, credit_BT: torch.Tensor, keep_BT: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Advantages and returns against what the value head expected."""
+    how = bench.choice.values
+    if how is None or drawn.value_BT is None:
+        raise ValueError("there is no value head to expect anything")
+    reward_BT = credit_BT
+    if bench.choice.divergence == "token":
+        reward_BT = credit_BT - bench.recipe.update.kl * kl_k1(drawn.logp_BT, scores.logp_BT)
+    advantage_BT, return_BT = gae(reward_BT * keep_BT, drawn.value_BT, keep_BT, how.discount, how.lam)
+    return {"advantage": whiten(advantage_BT, keep_BT), "old_value": drawn.value_BT, "returns": return_BT}
 
 
 def figures(findings: Findings, rewards_PG: Sequence[Sequence[Reward]]) -> dict[str, float]:
     """What a round looked like, in numbers; every one recomputes from the ledger."""
     flat = [r for g in rewards_PG for r in g]
     acts = [a for g in findings.acts_PG for a in g]
+    known_PG = [[r.total for r in g if r.total is not None] for g in rewards_PG]
     out: dict[str, float] = {
         "verdicts": len(findings.verdicts),
         "verdicts_abstained": sum(v.abstained for v in findings.verdicts),
         "missing_rewards": sum(r.total is None for r in flat),
         "dead_groups": sum(len({r.total for r in g}) <= 1 for g in rewards_PG),
+        "tied_groups": sum(len(known) > 1 and len(set(known)) == 1 for known in known_PG),
+        "silent_groups": sum(not known for known in known_PG),
     }
     for name in dict.fromkeys(k for r in flat for k in r.raw):
         known = [v for r in flat if (v := r.raw.get(name)) is not None]

@@ -1,103 +1,41 @@
-"""Policy gradient: advantages within a group of replies, and the clipped, KL-regularised loss."""
+"""Policy gradient: the losses that weigh each token by its advantage, from plain REINFORCE on."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from tutelage.engines.batch import Batch, Loss
+from tutelage.objectives.advantages import advantages_grpo, advantages_rloo
+from tutelage.objectives.divergence import Estimator, importance, kl_k3
+from tutelage.objectives.surrogate import clipped_gain, mean_over_replies, ratios, with_divergence
 
-__all__ = ["Grpo", "Rloo", "advantages_grpo", "advantages_rloo", "importance", "kl_k3"]
+__all__ = [
+    "Dapo", "DrGrpo", "Grpo", "Reinforce", "ReinforcePlusPlus", "Rloo",
+    "advantages_grpo", "advantages_rloo", "importance", "kl_k3",
+]  # fmt: skip
 
 
-def advantages_grpo(rewards_PG: torch.Tensor, *, eps: float = 1e-4) -> torch.Tensor:
-    """(r - group mean) / (group standard deviation + eps); zero where a reward is missing.
+@dataclasses.dataclass(frozen=True)
+class Reinforce:
+    """The plain estimator: log-probabilities weighed by advantages.
 
-    Args:
-        rewards_PG: Rewards, NaN where missing. Mean and (n-1) deviation are over what is there.
-        eps: Keeps near-tied groups from exploding.
-
-    Returns:
-        advantages_PG. Groups with fewer than two valid rewards get zeros.
-
-    Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.
+    Objective: L = - 1/B sum_b sum_t [ A_bt log pi(y_bt) - beta KL_bt ].
+    Difference: no ratio and no clip, where RLOO has the ratio of the whole reply; the baseline is one
+    number for all replies, or the length-weighted mean of the group (OPO).
+    Assumption: the replies are the policy's own. From the second step of a round on they are those of
+    a policy a step behind, which nothing here corrects; take few steps a round (large update.batch).
+    Source: Williams 1992 (Machine Learning 8), theorem 1.
     """
-    centred, valid, count = _centred(rewards_PG)
-    variance = (centred**2).sum(-1, keepdim=True) / (count - 1).clamp_min(1)
-    return torch.where(valid & (count > 1), centred / (variance.sqrt() + eps), 0.0)
 
+    kl: float = 0.02
+    kl_estimator: Estimator = "k3"
+    name: str = "reinforce"
 
-def advantages_rloo(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """r_i minus the mean of the others, which is n/(n-1) (r_i - group mean); zero where missing.
-
-    Args:
-        rewards_PG: Rewards, NaN where missing.
-
-    Returns:
-        advantages_PG. Groups with fewer than two valid rewards get zeros.
-
-    Source: Ahmadian et al. 2024 (arXiv 2402.14740), section 3.
-    """
-    centred, valid, count = _centred(rewards_PG)
-    return torch.where(valid & (count > 1), centred * count / (count - 1).clamp_min(1), 0.0)
-
-
-def _centred(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    valid = ~rewards_PG.isnan()
-    count = valid.sum(-1, keepdim=True)
-    filled = rewards_PG.nan_to_num(0.0)
-    mean = filled.sum(-1, keepdim=True) / count.clamp_min(1)
-    return torch.where(valid, filled - mean, 0.0), valid, count
-
-
-def kl_k3(logp_BT: torch.Tensor, ref_logp_BT: torch.Tensor) -> torch.Tensor:
-    """exp(d) - d - 1 with d = log pi_ref - log pi, clamped to |d| <= 20: non-negative, unbiased on policy.
-
-    Source: Schulman 2020, "Approximating KL divergence", estimator k3.
-    """
-    gap = (ref_logp_BT - logp_BT).clamp(-20.0, 20.0)
-    return gap.exp() - gap - 1.0
-
-
-def importance(
-    old_logp_BT: torch.Tensor, sampled_logp_BT: torch.Tensor, keep_BT: torch.Tensor, *, cap: float
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """Truncated importance weights min(pi_old / pi_sampler, cap), for tokens drawn by a slightly other model.
-
-    Args:
-        old_logp_BT: Log-probabilities under the policy that is to be improved.
-        sampled_logp_BT: Those recorded when the tokens were drawn.
-        keep_BT: 1.0 where there is a token.
-        cap: Largest weight; it bounds the variance and biases towards the sampler.
-
-    Returns:
-        weight_BT (zero where there is no token), and how far the two models are apart: `mismatch_kl`,
-        the mean of log pi_sampler - log pi_old over tokens; `effective_sample_size`, the share
-        (sum w)^2 / (n sum w^2) of the untruncated weights; `truncated`, the share above the cap.
-
-    Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training".
-    """
-    gap = (old_logp_BT - sampled_logp_BT) * keep_BT
-    weight = gap.clamp(-20.0, 20.0).exp() * keep_BT
-    count = float(keep_BT.sum().clamp_min(1.0))
-    return weight.clamp_max(cap), {
-        "mismatch_kl": float(-gap.sum()) / count,
-        "effective_sample_size": float(weight.sum() ** 2 / (weight**2).sum().clamp_min(1e-12)) / count,
-        "truncated": float((weight > cap).sum()) / count,
-    }
-
-
-def _sums(batch: Batch, ratio_BT: torch.Tensor, kl_BT: torch.Tensor, clip: float) -> dict[str, float]:
-    keep = batch.keep_BT
-    with torch.no_grad():
-        outside = ((ratio_BT - 1.0).abs() > clip).to(keep.dtype)
-        return {
-            "kl_to_start": float((kl_BT * keep).sum()),
-            "clip_fraction": float((outside * keep).sum()),
-            "ratio": float((ratio_BT * keep).sum()),
-            "tokens": float(keep.sum()),
-        }
+    def __call__(self, batch: Batch) -> Loss:
+        """Loss of one part of a step."""
+        gain = batch.advantage_BT * batch.logp_BT
+        per_token, sums = with_divergence(batch, gain, ratios(batch), kl=self.kl, estimator=self.kl_estimator)
+        return Loss(-(per_token * batch.keep_BT).sum() / batch.rows_in_step, sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,19 +53,106 @@ class Grpo:
 
     clip: float = 0.2
     kl: float = 0.02
+    kl_estimator: Estimator = "k3"
     name: str = "grpo"
 
     def __call__(self, batch: Batch) -> Loss:
         """Loss of one part of a step."""
-        log_ratio = (batch.logp_BT - batch.old_logp_BT) * batch.keep_BT
-        ratio = log_ratio.clamp(-20.0, 20.0).exp()
-        clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)
-        gain = torch.minimum(ratio * batch.advantage_BT, clipped * batch.advantage_BT)
-        divergence = kl_k3(batch.logp_BT, batch.ref_logp_BT)
-        length_B1 = batch.keep_BT.sum(-1, keepdim=True).clamp_min(1.0)
-        per_token = (gain - self.kl * divergence) * batch.keep_BT / length_B1
-        value = -per_token.sum() / batch.rows_in_step
-        return Loss(value, _sums(batch, ratio.detach(), divergence.detach(), self.clip))
+        ratio = ratios(batch)
+        gain = clipped_gain(ratio, batch.advantage_BT, self.clip, self.clip)
+        per_token, sums = with_divergence(
+            batch, gain, ratio, kl=self.kl, estimator=self.kl_estimator, clip=(self.clip, self.clip)
+        )
+        return Loss(-mean_over_replies(batch, per_token), sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrGrpo:
+    """GRPO done right: no standard deviation, and one divisor for all replies.
+
+    Objective: L = - 1/(B L_max) sum_b sum_t [ min(rho A, clip(rho, 1-e, 1+e) A) - beta KL ], with A the
+    reward minus the group's mean, and L_max the longest that a reply can be.
+    Difference: GRPO divides by each reply's own length, so that a long wrong reply is blamed less a
+    token than a short one, and by the deviation, which gives questions that are nearly always right,
+    or wrong, more weight than others.
+    Assumption: rewards of all questions are on one scale, as no deviation evens them out. The constant
+    divisor makes the step small where replies are much shorter than L_max; Adam takes that back.
+    Source: Liu et al. 2025 (arXiv 2503.20783), section 3.2 and appendix A.
+    """
+
+    clip: float = 0.2
+    kl: float = 0.02
+    longest: int = 24
+    kl_estimator: Estimator = "k3"
+    name: str = "dr-grpo"
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Loss of one part of a step."""
+        ratio = ratios(batch)
+        gain = clipped_gain(ratio, batch.advantage_BT, self.clip, self.clip)
+        per_token, sums = with_divergence(
+            batch, gain, ratio, kl=self.kl, estimator=self.kl_estimator, clip=(self.clip, self.clip)
+        )
+        return Loss(-(per_token * batch.keep_BT).sum() / (batch.rows_in_step * self.longest), sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dapo:
+    """GRPO with a wider clip upwards, every token weighed alike, and no lesson from cut-off replies.
+
+    Objective: L = - 1/N sum_b sum_t [ min(rho A, clip(rho, 1-e_low, 1+e_high) A) - beta KL ], N the
+    tokens of the step; cut-off replies have no tokens in it, and no group without a difference has.
+    Difference: GRPO clips alike on both sides, which holds rare tokens down harder than likely ones,
+    and takes each reply's mean. Here replies near the limit also lose reward (`overlong_penalty`).
+    Assumption: enough groups differ. The paper draws more prompts until the batch is full; here a
+    round has the prompts it has, and says how many taught nothing (`tied_groups`).
+    Source: Yu et al. 2025 (arXiv 2503.14476), equation 8; penalty equation 13.
+    """
+
+    clip: float = 0.2
+    kl: float = 0.0
+    clip_high: float = 0.28
+    mask_truncated: bool = True
+    overlong: float = 0.2
+    kl_estimator: Estimator = "k3"
+    name: str = "dapo"
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Loss of one part of a step."""
+        ratio = ratios(batch)
+        gain = clipped_gain(ratio, batch.advantage_BT, self.clip, self.clip_high)
+        per_token, sums = with_divergence(
+            batch, gain, ratio, kl=self.kl, estimator=self.kl_estimator, clip=(self.clip, self.clip_high)
+        )
+        return Loss(-(per_token * batch.keep_BT).sum() / max(batch.tokens_in_step, 1), sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReinforcePlusPlus:
+    """PPO's clip without a value head: advantages whitened over the whole batch.
+
+    Objective: L = - 1/N sum_b sum_t [ min(rho A, clip(rho, 1-e, 1+e) A) - beta KL ], N the tokens of the
+    step, A = (r - mean) / deviation over all replies of the round, and KL by default in r.
+    Difference: GRPO normalises within each group, so that a group with hardly any difference counts as
+    much as others; here only the batch decides. `baseline = "group"` subtracts each group's mean first.
+    Assumption: rewards of different questions can be compared. Where they cannot (a reward that is
+    normalised within its group says only who was better), the batch mean is no baseline.
+    Source: Hu et al. 2025 (arXiv 2501.03262), section 3; whitened here by reply and not by token.
+    """
+
+    clip: float = 0.2
+    kl: float = 0.02
+    kl_estimator: Estimator = "k1-reward"
+    name: str = "reinforce-plus-plus"
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Loss of one part of a step."""
+        ratio = ratios(batch)
+        gain = clipped_gain(ratio, batch.advantage_BT, self.clip, self.clip)
+        per_token, sums = with_divergence(
+            batch, gain, ratio, kl=self.kl, estimator=self.kl_estimator, clip=(self.clip, self.clip)
+        )
+        return Loss(-(per_token * batch.keep_BT).sum() / max(batch.tokens_in_step, 1), sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +170,7 @@ class Rloo:
 
     clip: float = 0.2
     kl: float = 0.02
+    kl_estimator: Estimator = "k3"
     name: str = "rloo"
 
     def __call__(self, batch: Batch) -> Loss:
@@ -154,8 +180,8 @@ class Rloo:
         # over tokens with equal advantages that is the gradient of the sequence ratio.
         others = (log_ratio.sum(-1, keepdim=True) - log_ratio).detach()
         ratio = (others + log_ratio).clamp(-20.0, 20.0).exp()
-        clipped = ratio.clamp(1.0 - self.clip, 1.0 + self.clip)
-        gain = torch.minimum(ratio * batch.advantage_BT, clipped * batch.advantage_BT)
-        divergence = kl_k3(batch.logp_BT, batch.ref_logp_BT)
-        value = -((gain - self.kl * divergence) * batch.keep_BT).sum() / batch.rows_in_step
-        return Loss(value, _sums(batch, ratio.detach(), divergence.detach(), self.clip))
+        gain = clipped_gain(ratio, batch.advantage_BT, self.clip, self.clip)
+        per_token, sums = with_divergence(
+            batch, gain, ratio, kl=self.kl, estimator=self.kl_estimator, clip=(self.clip, self.clip)
+        )
+        return Loss(-(per_token * batch.keep_BT).sum() / batch.rows_in_step, sums)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import TrainingError
 from tutelage.policy.merged import MergedLayers
+from tutelage.policy.values import ValueHead
 from tutelage.policy.vocabulary import drift, logps
 
 __all__ = ["Learner", "Scores", "TrainGroup", "padded", "score"]
@@ -35,6 +38,7 @@ class Scores:
         prompt_PD: Final hidden state at the last token of each group's prompt.
         attention_BT: Last layer's attention of a completion's last token over its own tokens,
             averaged over heads (zero elsewhere), or None when not asked for.
+        value_BT: What a value head expects before each token, or None without one.
     """
 
     logp_BT: torch.Tensor
@@ -42,6 +46,7 @@ class Scores:
     reply_BD: torch.Tensor
     prompt_PD: torch.Tensor
     attention_BT: torch.Tensor | None
+    value_BT: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -52,17 +57,19 @@ def score(
     budget: int,
     attention: bool = False,
     temperature: float = 1.0,
+    values: ValueHead | None = None,
 ) -> Scores:
     """Log-probabilities, features and attention of completions, each prompt computed once.
 
     Rows are numbered by the groups' `rows`, which must be 0..B-1. `temperature` divides the logits,
-    so that a tempered sampler's log-probs are met.
+    so that a tempered sampler's log-probs are met. `values` reads the same states.
     """
     rows = sum(len(g.rows) for g in groups)
     width = max((len(c) for g in groups for c in g.completions), default=1)
     logp_BT = torch.zeros(rows, width)
     keep_BT = torch.zeros(rows, width)
     weight_BT = torch.zeros(rows, width) if attention else None
+    value_BT = torch.zeros(rows, width) if values is not None else None
     features = lm.head_VD.shape[1]
     reply_BD = torch.zeros(rows, features)
     prompts: list[torch.Tensor] = []
@@ -79,20 +86,23 @@ def score(
         source = hidden[part.source_N.to(lm.device)] / temperature
         flat = logps(source, lm.head_VD, part.target_N.to(lm.device))
         logp_BT[part.row_N, part.column_N] = flat.cpu()
+        if values is not None and value_BT is not None:
+            value_BT[part.row_N, part.column_N] = values(source).cpu()
         keep_BT[part.row_N, part.column_N] = 1.0
         for n, (row, (first, last)) in enumerate(zip(part.rows, part.spans, strict=True)):
             reply_BD[row] = hidden[first : last + 1].float().mean(0).cpu()
             if weight_BT is not None and plan.recorded_NT is not None:
                 weight_BT[row, : last + 1 - first] = plan.recorded_NT[n, first : last + 1].cpu()
     prompt_PD = torch.cat(prompts) if prompts else torch.zeros(0, features)
-    return Scores(logp_BT, keep_BT, reply_BD, prompt_PD, weight_BT)
+    return Scores(logp_BT, keep_BT, reply_BD, prompt_PD, weight_BT, value_BT)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainGroup:
     """A prompt with the completions that train: their tokens and, row by row, what the batch needs.
 
-    `anchor`, where given, weighs each token's divergence from the start model.
+    `anchor`, where given, weighs each token's divergence from the start model. `old_value` and
+    `returns` are given, both or neither, for a learner with a value head.
     """
 
     prompt: tuple[int, ...]
@@ -101,6 +111,8 @@ class TrainGroup:
     old_logp: tuple[tuple[float, ...], ...]
     ref_logp: tuple[tuple[float, ...], ...]
     anchor: tuple[tuple[float, ...], ...] = ()
+    old_value: tuple[tuple[float, ...], ...] = ()
+    returns: tuple[tuple[float, ...], ...] = ()
 
 
 class Learner:
@@ -114,6 +126,8 @@ class Learner:
         max_grad_norm: Gradients are scaled down to this norm.
         weight_decay: AdamW's decoupled decay.
         betas: AdamW's; the second is below its usual 0.999 since runs have few steps.
+        values: A value head to train beside the adapter, on groups that hold returns.
+        value_learning_rate: The head's own rate; its gradients are scaled down on their own, too.
     """
 
     def __init__(
@@ -126,12 +140,16 @@ class Learner:
         max_grad_norm: float = 1.0,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.99),
+        values: ValueHead | None = None,
+        value_learning_rate: float = 1e-3,
     ) -> None:
-        self.lm, self.adapter, self.budget = lm, adapter, budget
+        self.lm, self.adapter, self.budget, self.values = lm, adapter, budget, values
         self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
-        self.optimizer = torch.optim.AdamW(
-            adapter.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay
-        )
+        parts: list[dict[str, Any]] = [{"params": adapter.parameters(), "lr": learning_rate}]
+        if values is not None:
+            parts.append({"params": list(values.parameters()), "lr": value_learning_rate, "weight_decay": 0.0})
+        self._rates = [float(part["lr"]) for part in parts]
+        self.optimizer = torch.optim.AdamW(parts, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
     def step(
         self,
@@ -150,10 +168,11 @@ class Learner:
             temperature: Divides the logits, as the sampler of the replies did.
 
         Returns:
-            Metrics of the objective, averaged over the step's tokens, and `grad_norm`.
+            Metrics of the objective, averaged over the step's tokens, `grad_norm`, and
+            `value_grad_norm` when a value head learned.
 
         Raises:
-            TrainingError: The loss or a gradient is not finite. The factors keep their old values.
+            TrainingError: The loss or a gradient is not finite. Factors and value head keep their old values.
         """
         rows = sum(len(g.completions) for g in groups)
         tokens = sum(len(c) for g in groups for c in g.completions)
@@ -178,21 +197,24 @@ class Learner:
         return self._apply(sums, tokens, objective.name, scale)
 
     def _apply(self, sums: dict[str, float], tokens: int, name: str, scale: float) -> dict[str, float]:
-        norm = float(torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), self.max_grad_norm))
-        if norm != norm or norm == float("inf"):
+        norms = {"grad_norm": float(torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), self.max_grad_norm))}
+        if self.values is not None and self.values.bias.grad is not None:
+            found = torch.nn.utils.clip_grad_norm_(self.values.parameters(), self.max_grad_norm)
+            norms["value_grad_norm"] = float(found)
+        if not all(math.isfinite(norm) for norm in norms.values()):
             self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"the gradient of {name} is not finite",
                 expected="finite numbers",
                 fix="lower update.learning_rate; the last version is kept",
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * scale
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * scale
         self.optimizer.step()
         self.adapter.merge()
         counted = sums.pop("tokens", float(tokens))
         whole = sums.pop("loss", 0.0)
-        return {k: v / max(counted, 1.0) for k, v in sums.items()} | {"loss": whole, "grad_norm": norm}
+        return {k: v / max(counted, 1.0) for k, v in sums.items()} | {"loss": whole} | norms
 
     def _batch(self, part: Pack, tables: dict[str, torch.Tensor], rows: int, tokens: int, temperature: float) -> Batch:
         device, lm = self.lm.device, self.lm
@@ -210,9 +232,13 @@ class Learner:
             with torch.no_grad(), self.adapter.off():
                 start = _hidden(lm, part, plan)[source[held]] / temperature
             divergence = divergence.index_put((row[held], column[held]), drift(hidden[held], lm.head_VD, start))
+        value = None
+        if self.values is not None and "returns" in cut:
+            value = torch.zeros_like(logp).index_put((row, column), self.values(hidden))
         return Batch(
-            logp, cut["keep"], cut["old"], cut["ref"], cut["advantage"], rows, tokens, cut["anchor"], divergence
-        )
+            logp, cut["keep"], cut["old"], cut["ref"], cut["advantage"], rows, tokens, cut["anchor"], divergence,
+            value, cut.get("old_value"), cut.get("returns"),
+        )  # fmt: skip
 
 
 def _numbered(groups: Sequence[TrainGroup]) -> list[Group]:
@@ -230,10 +256,14 @@ def padded(rows: Sequence[Sequence[float]]) -> torch.Tensor:
 
 
 def _tables(groups: Sequence[TrainGroup]) -> dict[str, torch.Tensor]:
-    return {
+    tables = {
         "keep": padded([(1.0,) * len(c) for g in groups for c in g.completions]),
         "advantage": padded([r for g in groups for r in g.advantage]),
         "old": padded([r for g in groups for r in g.old_logp]),
         "ref": padded([r for g in groups for r in g.ref_logp]),
         "anchor": padded([r for g in groups for r in g.anchor or [(0.0,) * len(c) for c in g.completions]]),
     }
+    if any(g.returns for g in groups):
+        tables["old_value"] = padded([r for g in groups for r in g.old_value])
+        tables["returns"] = padded([r for g in groups for r in g.returns])
+    return tables

@@ -1,0 +1,93 @@
+"""Which objectives a recipe can name, and which options each reads. Data only; imports no torch.
+
+The classes behind the names are in `loop.choice`; a test holds the two tables together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tutelage.config.section import Fraction, Positive, Section
+
+__all__ = ["BASELINES", "OBJECTIVES", "Kind", "Objective", "ObjectiveName"]
+
+ObjectiveName = Literal[
+    "reinforce",
+    "rloo",
+    "grpo",
+    "dr-grpo",
+    "dapo",
+    "reinforce-plus-plus",
+    "gspo",
+    "cispo-cap",
+    "cispo-clamp",
+    "ppo",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a recipe must know of an objective.
+
+    Args:
+        options: Keys of [objective] that it reads.
+        clips: Whether it reads `update.clip`.
+        family: `gradient` learns from rewards of the policy's own replies, `preference` from pairs.
+    """
+
+    options: tuple[str, ...]
+    clips: bool = True
+    family: Literal["gradient", "preference"] = "gradient"
+
+
+OBJECTIVES: Mapping[ObjectiveName, Kind] = {
+    "reinforce": Kind(("kl_estimator", "baseline", "decay"), clips=False),
+    "rloo": Kind(("kl_estimator",)),
+    "grpo": Kind(("kl_estimator", "scale")),
+    "dr-grpo": Kind(("kl_estimator",)),
+    "dapo": Kind(("kl_estimator", "scale", "clip_high", "mask_truncated", "overlong")),
+    "reinforce-plus-plus": Kind(("kl_estimator", "baseline")),
+    "gspo": Kind(("kl_estimator", "scale", "clip_low", "clip_high"), clips=False),
+    "cispo-cap": Kind(("kl_estimator", "scale", "cap"), clips=False),
+    "cispo-clamp": Kind(("kl_estimator", "scale", "clip_low", "clip_high"), clips=False),
+    "ppo": Kind(("kl_estimator", "value_clip", "value_weight", "value_learning_rate", "discount", "lam")),
+}
+
+BASELINES: Mapping[str, tuple[str, ...]] = {
+    "reinforce": ("batch", "length", "moving", "none"),
+    "reinforce-plus-plus": ("batch", "group"),
+}
+
+
+class Objective(Section):
+    """What only some objectives read. A key that is not set is the objective's own default.
+
+    A key that the chosen objective does not read is an error.
+    """
+
+    scale: Literal["group", "batch", "none"] | None = Field(
+        None, description="whose deviation divides the advantages: the group's, that of all rewards, or nobody's"
+    )
+    baseline: Literal["batch", "group", "length", "moving", "none"] | None = Field(
+        None, description="what is subtracted from rewards; which of these is on the objective's page"
+    )
+    decay: Fraction | None = Field(None, description="how much of the moving baseline a round keeps")
+    kl_estimator: Literal["k1-reward", "k2", "k3", "k3-weighted"] | None = Field(
+        None, description="the divergence that update.kl weighs: taken off the reward, or a term of the loss"
+    )
+    clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(None, description="how far below 1 a ratio may go")
+    clip_high: Positive | None = Field(None, description="how far above 1 a ratio may go")
+    cap: Positive | None = Field(None, description="largest weight of a token, absolute")
+    mask_truncated: bool | None = Field(None, description="replies cut off at sampling.max_new_tokens teach nothing")
+    overlong: Fraction | None = Field(
+        None, description="share of sampling.max_new_tokens, its last, in which a reply loses reward, up to 1; 0: none"
+    )
+    value_clip: Positive | None = Field(None, description="how far a value may move from what it was in a round")
+    value_weight: Positive | None = Field(None, description="of the value's error in the loss")
+    value_learning_rate: Positive | None = Field(None, description="of the value head, constant")
+    discount: Fraction | None = Field(None, description="gamma: what a reward one token later is worth")
+    lam: Fraction | None = Field(None, description="lambda of the advantage estimate: 1 trusts returns, 0 values")

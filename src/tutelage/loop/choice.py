@@ -1,0 +1,151 @@
+"""What a recipe's `update.objective` stands for: a loss, an advantage, and what the round does around them.
+
+Which options each name reads is in `config.objectives`, which imports no torch; a new objective needs
+a line there and one here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+
+from tutelage.config import OBJECTIVES, Recipe
+from tutelage.engines.batch import Objective
+from tutelage.objectives.advantages import (
+    advantages_grpo,
+    advantages_opo,
+    advantages_reinforce,
+    advantages_rloo,
+    advantages_whitened,
+)
+from tutelage.objectives.policy_gradient import Dapo, DrGrpo, Grpo, Reinforce, ReinforcePlusPlus, Rloo
+from tutelage.objectives.ppo import Ppo
+from tutelage.objectives.weighted import CispoCap, CispoClamp, Gspo
+
+__all__ = ["TABLE", "Choice", "Rewards", "Row", "choose"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+    """What an advantage is worked out from.
+
+    Args:
+        rewards_PG: NaN where missing.
+        lengths_PG: Tokens of each reply.
+        before: Mean reward of earlier rounds; None before the first.
+    """
+
+    rewards_PG: torch.Tensor
+    lengths_PG: torch.Tensor
+    before: float | None = None
+
+
+Advantage = Callable[[Rewards, Mapping[str, Any]], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One objective: its class, and its advantage from rewards and the options the recipe sets."""
+
+    kind: Callable[..., Objective]
+    advantage: Advantage
+
+
+def _group(seen: Rewards, options: Mapping[str, Any]) -> torch.Tensor:
+    return advantages_grpo(seen.rewards_PG, scale=options.get("scale", "group"))
+
+
+def _centred(seen: Rewards, _: Mapping[str, Any]) -> torch.Tensor:
+    return advantages_grpo(seen.rewards_PG, scale="none")
+
+
+def _others(seen: Rewards, _: Mapping[str, Any]) -> torch.Tensor:
+    return advantages_rloo(seen.rewards_PG)
+
+
+def _one_number(seen: Rewards, options: Mapping[str, Any]) -> torch.Tensor:
+    baseline = options.get("baseline", "batch")
+    if baseline == "length":
+        return advantages_opo(seen.rewards_PG, seen.lengths_PG)
+    return advantages_reinforce(seen.rewards_PG, baseline=baseline, before=seen.before)
+
+
+def _whitened(seen: Rewards, options: Mapping[str, Any]) -> torch.Tensor:
+    return advantages_whitened(seen.rewards_PG, baseline=options.get("baseline", "batch"))
+
+
+def _reward_itself(seen: Rewards, _: Mapping[str, Any]) -> torch.Tensor:
+    """The value head knows what to subtract."""
+    return advantages_reinforce(seen.rewards_PG, baseline="none")
+
+
+TABLE: Mapping[str, Row] = {
+    "reinforce": Row(Reinforce, _one_number),
+    "rloo": Row(Rloo, _others),
+    "grpo": Row(Grpo, _group),
+    "dr-grpo": Row(DrGrpo, _centred),
+    "dapo": Row(Dapo, _group),
+    "reinforce-plus-plus": Row(ReinforcePlusPlus, _whitened),
+    "gspo": Row(Gspo, _group),
+    "cispo-cap": Row(CispoCap, _group),
+    "cispo-clamp": Row(CispoClamp, _group),
+    "ppo": Row(Ppo, _reward_itself),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An objective as a recipe sets it.
+
+    Args:
+        loss: The objective proper.
+        estimate: Advantages of a round's replies.
+        divergence: Where the divergence is charged: in the loss, or to the reward of the whole
+            `reply`, or of each `token`.
+        overlong: Share of the longest reply in which reward is taken off; 0 is none.
+        masks_truncated: Whether replies that were cut off teach nothing.
+        decay: Of the moving baseline; None without one.
+        values: The objective again, when it needs a value head.
+    """
+
+    loss: Objective
+    estimate: Callable[[Rewards], torch.Tensor]
+    divergence: Literal["loss", "reply", "token"] = "loss"
+    overlong: float = 0.0
+    masks_truncated: bool = False
+    decay: float | None = None
+    values: Ppo | None = None
+
+
+def choose(recipe: Recipe) -> Choice:
+    """Read the recipe's sections [update] and [objective]."""
+    u = recipe.update
+    row, facts = TABLE[u.objective], OBJECTIVES[u.objective]
+    given = {key: value for key, value in recipe.objective.model_dump().items() if value is not None}
+    fields = inspect.signature(row.kind).parameters
+    arguments = {key: value for key, value in given.items() if key in fields}
+    if facts.clips:
+        arguments["clip"] = u.clip
+    if "longest" in fields:
+        arguments["longest"] = recipe.sampling.max_new_tokens
+    loss = row.kind(kl=u.kl, **arguments)
+    o = recipe.objective
+    return Choice(
+        loss,
+        lambda seen: row.advantage(seen, given),
+        divergence=_charged(loss),
+        overlong=loss.overlong if isinstance(loss, Dapo) else 0.0,
+        masks_truncated=isinstance(loss, Dapo) and loss.mask_truncated,
+        decay=(0.9 if o.decay is None else o.decay) if o.baseline == "moving" else None,
+        values=loss if isinstance(loss, Ppo) else None,
+    )
+
+
+def _charged(loss: Objective) -> Literal["loss", "reply", "token"]:
+    if getattr(loss, "kl_estimator", "k3") != "k1-reward":
+        return "loss"
+    return "token" if isinstance(loss, Ppo) else "reply"
