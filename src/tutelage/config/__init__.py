@@ -124,6 +124,10 @@ class Recipe(Section):
             own = " and ".join(f"objective.{k}" for k in kind.options if k.startswith(("clip", "cap"))) or "nothing"
             raise ValueError(f"update.clip is not read by update.objective = {name}; it clips by {own}")
 
+        if not kind.charges and self.update.kl != Update.model_fields["kl"].default:
+            own = "objective.beta" if "beta" in kind.options else "nothing"
+            raise ValueError(f"update.kl is not read by update.objective = {name}; {own} holds it to the start")
+
     @property
     def hash(self) -> str:
         """Content hash of the resolved recipe."""

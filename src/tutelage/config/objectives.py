@@ -26,6 +26,15 @@ ObjectiveName = Literal[
     "cispo-cap",
     "cispo-clamp",
     "ppo",
+    "nash",
+    "dpo",
+    "robust-dpo",
+    "ipo",
+    "ipo-per-token",
+    "exo-pair",
+    "simpo",
+    "orpo",
+    "kto",
 ]
 
 
@@ -36,12 +45,19 @@ class Kind:
     Args:
         options: Keys of [objective] that it reads.
         clips: Whether it reads `update.clip`.
+        charges: Whether it reads `update.kl`; without, the objective holds to the start in its own way, or not at all.
         family: `gradient` learns from rewards of the policy's own replies, `preference` from pairs.
     """
 
     options: tuple[str, ...]
     clips: bool = True
+    charges: bool = True
     family: Literal["gradient", "preference"] = "gradient"
+
+
+def _pairs(*options: str, select: bool = True) -> Kind:
+    more = ("pairs", "pair_temperature", "pair_tie") if select else ("pair_temperature", "pair_tie")
+    return Kind((*options, *more), clips=False, charges=False, family="preference")
 
 
 OBJECTIVES: Mapping[ObjectiveName, Kind] = {
@@ -55,6 +71,15 @@ OBJECTIVES: Mapping[ObjectiveName, Kind] = {
     "cispo-cap": Kind(("kl_estimator", "scale", "cap"), clips=False),
     "cispo-clamp": Kind(("kl_estimator", "scale", "clip_low", "clip_high"), clips=False),
     "ppo": Kind(("kl_estimator", "value_clip", "value_weight", "value_learning_rate", "discount", "lam")),
+    "nash": Kind(("cap",), clips=False),
+    "dpo": _pairs("beta", "mode", "smoothing", "sft"),
+    "robust-dpo": _pairs("beta", "flip", "cap"),
+    "ipo": _pairs("beta"),
+    "ipo-per-token": _pairs("beta"),
+    "exo-pair": _pairs("beta", "smoothing"),
+    "simpo": _pairs("beta", "gamma"),
+    "orpo": _pairs("weight"),
+    "kto": _pairs("beta", "desirable", "undesirable", select=False),
 }
 
 BASELINES: Mapping[str, tuple[str, ...]] = {
@@ -81,7 +106,7 @@ class Objective(Section):
     )
     clip_low: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(None, description="how far below 1 a ratio may go")
     clip_high: Positive | None = Field(None, description="how far above 1 a ratio may go")
-    cap: Positive | None = Field(None, description="largest weight of a token, absolute")
+    cap: Positive | None = Field(None, description="largest weight: of a token (cispo-cap), a reply (nash); or margin")
     mask_truncated: bool | None = Field(None, description="replies cut off at sampling.max_new_tokens teach nothing")
     overlong: Fraction | None = Field(
         None, description="share of sampling.max_new_tokens, its last, in which a reply loses reward, up to 1; 0: none"
@@ -91,3 +116,27 @@ class Objective(Section):
     value_learning_rate: Positive | None = Field(None, description="of the value head, constant")
     discount: Fraction | None = Field(None, description="gamma: what a reward one token later is worth")
     lam: Fraction | None = Field(None, description="lambda of the advantage estimate: 1 trusts returns, 0 values")
+    pairs: Literal["best_worst", "all", "neighbours"] | None = Field(
+        None, description="which replies of a group are compared: the extremes, every two, or neighbours in rank"
+    )
+    pair_temperature: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="labels are s(gap / this), s the logistic function of the gap in worth; 0 makes them hard"
+    )
+    pair_tie: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="a gap in worth no larger teaches nothing"
+    )
+    beta: Positive | None = Field(None, description="how strongly pairs hold to the start; by the objective's page")
+    mode: Literal["match", "improve"] | None = Field(
+        None, description="match reproduces the labels' odds, improve moves to the better reply"
+    )
+    smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
+        None, description="share of labels taken to be wrong, and blurred"
+    )
+    sft: Annotated[float, Field(ge=0.0)] | None = Field(None, description="weight of the better reply's likelihood")
+    flip: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
+        None, description="share of labels known to be wrong, and corrected for"
+    )
+    gamma: Annotated[float, Field(ge=0.0)] | None = Field(None, description="margin wanted between the two replies")
+    weight: Positive | None = Field(None, description="of the odds ratio beside the likelihood")
+    desirable: Annotated[float, Field(ge=0.0)] | None = Field(None, description="weight of good replies")
+    undesirable: Annotated[float, Field(ge=0.0)] | None = Field(None, description="weight of bad replies")

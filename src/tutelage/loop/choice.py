@@ -15,6 +15,7 @@ import torch
 
 from tutelage.config import OBJECTIVES, Recipe
 from tutelage.engines.batch import Objective
+from tutelage.loop.ranking import Pairing
 from tutelage.objectives.advantages import (
     advantages_grpo,
     advantages_opo,
@@ -22,8 +23,12 @@ from tutelage.objectives.advantages import (
     advantages_rloo,
     advantages_whitened,
 )
+from tutelage.objectives.nash import Nash, self_play
 from tutelage.objectives.policy_gradient import Dapo, DrGrpo, Grpo, Reinforce, ReinforcePlusPlus, Rloo
 from tutelage.objectives.ppo import Ppo
+from tutelage.objectives.preference import Dpo, ExoPair, Ipo, IpoPerToken, RobustDpo
+from tutelage.objectives.reference_free import Orpo, SimPo
+from tutelage.objectives.unpaired import Kto
 from tutelage.objectives.weighted import CispoCap, CispoClamp, Gspo
 
 __all__ = ["TABLE", "Choice", "Rewards", "Row", "choose"]
@@ -83,6 +88,12 @@ def _reward_itself(seen: Rewards, _: Mapping[str, Any]) -> torch.Tensor:
     return advantages_reinforce(seen.rewards_PG, baseline="none")
 
 
+def _won(seen: Rewards, _: Mapping[str, Any]) -> torch.Tensor:
+    """How surely a reply beats the others of its group, as Bradley-Terry has it of their rewards."""
+    r_PG = seen.rewards_PG
+    return self_play(torch.sigmoid(r_PG[:, :, None] - r_PG[:, None, :]))
+
+
 TABLE: Mapping[str, Row] = {
     "reinforce": Row(Reinforce, _one_number),
     "rloo": Row(Rloo, _others),
@@ -94,6 +105,15 @@ TABLE: Mapping[str, Row] = {
     "cispo-cap": Row(CispoCap, _group),
     "cispo-clamp": Row(CispoClamp, _group),
     "ppo": Row(Ppo, _reward_itself),
+    "nash": Row(Nash, _won),
+    "dpo": Row(Dpo, _group),
+    "robust-dpo": Row(RobustDpo, _group),
+    "ipo": Row(Ipo, _group),
+    "ipo-per-token": Row(IpoPerToken, _group),
+    "exo-pair": Row(ExoPair, _group),
+    "simpo": Row(SimPo, _group),
+    "orpo": Row(Orpo, _group),
+    "kto": Row(Kto, _group),
 }
 
 
@@ -110,6 +130,8 @@ class Choice:
         masks_truncated: Whether replies that were cut off teach nothing.
         decay: Of the moving baseline; None without one.
         values: The objective again, when it needs a value head.
+        family: `gradient` weighs each token by its credit, `preference` learns from pairs.
+        pairing: How replies become pairs, for the latter.
     """
 
     loss: Objective
@@ -119,6 +141,8 @@ class Choice:
     masks_truncated: bool = False
     decay: float | None = None
     values: Ppo | None = None
+    family: Literal["gradient", "preference"] = "gradient"
+    pairing: Pairing = dataclasses.field(default_factory=Pairing)
 
 
 def choose(recipe: Recipe) -> Choice:
@@ -132,8 +156,11 @@ def choose(recipe: Recipe) -> Choice:
         arguments["clip"] = u.clip
     if "longest" in fields:
         arguments["longest"] = recipe.sampling.max_new_tokens
-    loss = row.kind(kl=u.kl, **arguments)
+    if "kl" in fields:
+        arguments["kl"] = u.kl
+    loss = row.kind(**arguments)
     o = recipe.objective
+    pairing: dict[str, Any] = {"select": o.pairs, "temperature": o.pair_temperature, "tie": o.pair_tie}
     return Choice(
         loss,
         lambda seen: row.advantage(seen, given),
@@ -142,6 +169,8 @@ def choose(recipe: Recipe) -> Choice:
         masks_truncated=isinstance(loss, Dapo) and loss.mask_truncated,
         decay=(0.9 if o.decay is None else o.decay) if o.baseline == "moving" else None,
         values=loss if isinstance(loss, Ppo) else None,
+        family=facts.family,
+        pairing=Pairing(**{key: value for key, value in pairing.items() if value is not None}),
     )
 
 

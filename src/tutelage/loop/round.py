@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tutelage.errors import NothingToLearn
 from tutelage.loop.bench import Workbench
+from tutelage.loop.preferring import prefer
 from tutelage.loop.stages import (
     advantages,
     figures,
@@ -51,6 +52,9 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     scores = bench.frozen_scores(prompts, replies_PG, attention=bench.recipe.credit.method == "attention")
     drawn = rescore(bench, prompts, replies_PG, unit, number)
     advantage_PG = advantages(bench, rewards_PG, replies_PG, scores, drawn)
+    if bench.choice.family == "preference":
+        prefer(bench, prompts, replies_PG, rewards_PG, advantage_PG, scores, unit, number)
+        return
     trains_PG = teaching(bench, rewards_PG, replies_PG, advantage_PG)
     if not any(map(any, trains_PG)):
         raise NothingToLearn(

@@ -1,0 +1,105 @@
+"""Rounds that learn from pairs, on a small model: every objective of the family plays, and its options do something."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from tests.tiny_world import World
+
+from tutelage.config import OBJECTIVES, load_recipe
+from tutelage.loop.choice import choose
+
+pytest_plugins = ["tests.tiny_world"]
+
+FAMILY = [name for name, kind in OBJECTIVES.items() if kind.family == "preference"]
+WORDS = (
+    "update.rounds=1",
+    "update.learning_rate=0.01",
+    "update.batch=2",
+    "prompts.gate_limit=6",
+    "prompts.heldout_limit=6",
+)
+EFFECTS: dict[str, tuple[str, str]] = {
+    "pairs": ("dpo", '"all"'),
+    "pair_temperature": ("dpo", "0.0"),
+    "pair_tie": ("dpo", "1.2"),
+    "beta": ("dpo", "3.0"),
+    "mode": ("dpo", '"improve"'),
+    "smoothing": ("dpo", "0.3"),
+    "sft": ("dpo", "2.0"),
+    "flip": ("robust-dpo", "0.4"),
+    "cap": ("robust-dpo", "0.000001"),
+    "gamma": ("simpo", "9.0"),
+    "weight": ("orpo", "5.0"),
+    "desirable": ("kto", "4.0"),
+    "undesirable": ("kto", "0.0"),
+}
+
+
+@pytest.fixture
+def play(new_world: Any) -> Any:
+    def played(name: str, *more: str) -> World:
+        world: World = new_world(f"{name}{len(more)}")
+        words = [w for s in (*WORDS, f'update.objective="{name}"', *more) for w in ("--set", s)]
+        done = world.play(*words)
+        assert done.code == 3, done.err
+        return world
+
+    return played
+
+
+def steps(world: World, stage: str) -> list[dict[str, float]]:
+    return [m["values"] for m in world.rows("metrics") if m["stage"] == stage]
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_objective_on_pairs_plays_a_round(play: Any, name: str) -> None:
+    world = play(name)
+    (counted,) = steps(world, "pairs")
+    assert counted["good" if name == "kto" else "pairs"] > 0
+    updates = steps(world, "update")
+    assert counted.get("pairs", 0) <= 12  # the best and the worst of each prompt's replies
+    assert updates and all(math.isfinite(v) for step in updates for v in step.values())
+    assert updates[-1]["kl_to_start"] >= 0 and updates[0]["grad_norm"] > 0
+    assert world.weights()["r1"] != world.weights()["r0"]
+    assert (world.runs / "one" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("option", EFFECTS)
+def test_every_option_reaches_the_loss_or_the_pairs(option: str) -> None:
+    """What each does to a loss is in tests/objectives; here, that the recipe's word arrives."""
+    name, value = EFFECTS[option]
+    base, other = (
+        choose(load_recipe("honesty", [f'update.objective="{name}"', *more]))
+        for more in ([], [f"objective.{option}={value}"])
+    )
+    assert (base.loss, base.pairing) != (other.loss, other.pairing)
+
+
+def test_the_table_names_every_option() -> None:
+    assert set(EFFECTS) == {option for name in FAMILY for option in OBJECTIVES[name].options}
+
+
+def test_nothing_to_compare_stops_with_the_last_version(new_world: Any) -> None:
+    world: World = new_world("tied")
+    words = [w for s in (*WORDS, "update.objective=dpo", "objective.pair_tie=1000.0") for w in ("--set", s)]
+    done = world.play(*words)
+    assert done.code == 3 and set(world.weights()) == {"r0"}
+    assert "differ in what they are worth" in (world.runs / "one" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("update.objective=dpo", "update.kl=0.2"), "objective.beta"),
+        (("update.objective=dpo", "update.clip=0.5"), "update.clip"),
+        (("update.objective=ipo", "objective.gamma=1.0"), "objective.gamma is not read"),
+        (("update.objective=grpo", "objective.beta=1.0"), "objective.beta is not read"),
+        (("update.objective=kto", "objective.pairs=all"), "objective.pairs is not read"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(world: World, settings: tuple[str, ...], said: str) -> None:
+    done = world.play(*[w for s in settings for w in ("--set", s)])
+    assert done.code == 2 and said in done.err
