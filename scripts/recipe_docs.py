@@ -43,8 +43,8 @@ _NOTES: Mapping[str, str] = {
     "credit": "See [Credit](credit.md). With `last`, `beta` has no effect.",
     "lora": "Why A starts where the critic looks is said in [a design note](../design/002-critic-aligned-adapter.md).",
     "supervised": "See [Supervised](objectives/supervised.md).",
-    "update": "Each objective has its page: [which to choose](objectives/reinforce.md#which-of-them).",
-    "objective": "Which objective reads which key is on [the objectives' pages](objectives/reinforce.md#which-of-them).",
+    "update": "See [Policy gradient](policy-gradient.md): every objective, its advantage and its page.",
+    "objective": "Which objective reads which key: [Policy gradient](policy-gradient.md#objectives).",
     "gate": "See [Gate](gate.md).",
     "limits": (
         "`seconds` is looked at before each unit of work, so a run may go over it by one unit. `memory_gb` changes "
@@ -80,8 +80,9 @@ train = "my-questions.jsonl"
 rounds = 2
 ```
 
-`recipes/` holds [the built-in recipe in full](../recipes/honesty.toml) and two variants of it:
-[RLOO instead of GRPO](../recipes/rloo.toml) and [uniform credit](../recipes/uniform-credit.toml).
+`recipes/` holds [the built-in recipe in full](../recipes/honesty.toml) and variants of it, among them
+[RLOO instead of GRPO](../recipes/rloo.toml), [PPO](../recipes/ppo.toml), [DAPO](../recipes/dapo.toml) and
+[uniform credit](../recipes/uniform-credit.toml).
 """
 
 

@@ -142,7 +142,7 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str, key: str, m
         ("[update]\nrounds = -1", "update.rounds"),
         ("[update]\nsamples = 1", "update.samples"),
         ("[update]\nlearning_rate = 0", "update.learning_rate"),
-        ('[update]\nobjective = "ppo"', "update.objective"),
+        ('[update]\nobjective = "ppo2"', "update.objective"),
         ("[gate]\nconfidence = 1.0", "gate.confidence"),
         ("[credit]\nbeta = 1.5", "credit.beta"),
         ("[supervised]\ntop_p = 0.0", "supervised.top_p"),

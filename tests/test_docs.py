@@ -325,7 +325,18 @@ def test_the_commented_recipe_is_the_built_in_one_with_all_keys() -> None:
         assert f"\n{name} = " in text(path) or f"\n# {name} is not set" in text(path)
 
 
-VARIANTS = {"rloo": {"update.objective": "rloo"}, "uniform-credit": {"credit.method": "uniform"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rloo": {"update.objective": "rloo"},
+    "uniform-credit": {"credit.method": "uniform"},
+    "reinforce": {"update.objective": "reinforce"},
+    "dr-grpo": {"update.objective": "dr-grpo"},
+    "dapo": {"update.objective": "dapo", "update.kl": 0.0},
+    "reinforce-plus-plus": {"update.objective": "reinforce-plus-plus"},
+    "gspo": {"update.objective": "gspo"},
+    "cispo-cap": {"update.objective": "cispo-cap"},
+    "cispo-clamp": {"update.objective": "cispo-clamp"},
+    "ppo": {"update.objective": "ppo"},
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

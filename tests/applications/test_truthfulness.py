@@ -200,6 +200,7 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "update.learning_rate": ("0.003", (), "weights"),
     "update.clip": ("0.000001", ("update.learning_rate=0.02", "update.batch=2"), "weights"),
     "update.kl": ("5.0", ("update.learning_rate=0.02", "update.batch=2"), "weights"),
+    "update.importance": ("sequence", ("sampling.int8=true",), "weights"),
     "update.importance_cap": ("0.5", ("sampling.int8=true",), "weights"),
     "update.max_grad_norm": ("0.00001", ("update.batch=2",), "metrics"),
     "update.token_budget": ("4000", (), "forecast"),
@@ -212,10 +213,11 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }  # fmt: skip
 # Shown elsewhere: a GPU in tests/test_cli.py, the hub in tests/engines/test_load.py, the anchor in
 # tests/loop/test_supervised.py (a random model has no answer that is worth keeping), a server in
-# tests/engines/test_vllm.py, judges of one's own in tests/applications/test_judging.py.
+# tests/engines/test_vllm.py, judges of one's own in tests/applications/test_judging.py, options of single
+# objectives in tests/loop/test_choice.py and test_preferring.py, the lower bound of weights in tests/objectives/test_divergence.py.
 ELSEWHERE = {
     "feedback.allow_refused", "feedback.anchors", "feedback.anchor_every", "judges", "model.device", "model.hub", "sampling.server", "supervised.adapter",
-    "supervised.anchor",
+    "supervised.anchor", "update.importance_low", *(key for key in all_keys() if key.startswith("objective.")),
 }  # fmt: skip
 
 

@@ -13,8 +13,9 @@ import torch
 from tests.tiny_world import World
 
 from tutelage.config import Recipe
-from tutelage.loop.stages import advantages
-from tutelage.objectives.policy_gradient import Grpo, Rloo, advantages_grpo, advantages_rloo
+from tutelage.loop.choice import choose
+from tutelage.loop.stages import Drawn, teaching
+from tutelage.loop.stages import advantages as advantages_of
 from tutelage.records import Reward
 from tutelage.rewards.compose import normalise
 
@@ -24,13 +25,26 @@ ROUNDS = ("round-1", "round-2")
 
 
 def bench(*, objective: str = "grpo", constrained: bool = True, multiplier: float = 1.0) -> Any:
-    recipe = Recipe.model_validate({"constraint": {"enabled": constrained}})
-    pair = (Grpo(), advantages_grpo) if objective == "grpo" else (Rloo(), advantages_rloo)
-    return SimpleNamespace(recipe=recipe, objective=lambda: pair, multiplier=SimpleNamespace(value=multiplier))
+    recipe = Recipe.model_validate({"constraint": {"enabled": constrained}, "update": {"objective": objective}})
+    return SimpleNamespace(
+        recipe=recipe, choice=choose(recipe), multiplier=SimpleNamespace(value=multiplier), baselines={}, values=None
+    )
 
 
 def rewards(*rows: tuple[float | None, float]) -> list[list[Reward]]:
     return [[Reward(f"g{n}", total, {}, {}, {"over_abstention": cost}) for n, (total, cost) in enumerate(rows)]]
+
+
+def advantages(
+    bench: Any, rewards: list[list[Reward]], *, lengths: tuple[int, ...] = (), spent: float = 0.0
+) -> torch.Tensor:
+    """Of one group of replies of these lengths (one token each unless given), `spent` nats apart from the start."""
+    (group,) = rewards
+    long = lengths or (1,) * len(group)
+    keep = (torch.arange(max(long))[None] < torch.tensor(long)[:, None]).float()
+    replies: Any = [[SimpleNamespace(tokens=(0,) * n, finished=n < 9) for n in long]]
+    scores: Any = SimpleNamespace(logp_BT=torch.zeros_like(keep), keep_BT=keep)
+    return advantages_of(bench, rewards, replies, scores, Drawn(torch.full_like(keep, spent)))
 
 
 def test_advantages_without_a_constraint_are_the_objectives() -> None:
@@ -188,3 +202,63 @@ def test_log_probs_of_the_ledger_are_those_of_the_saved_version(played: World) -
         for row, generation in enumerate(group):
             own = found.logp_BT[row, : len(generation["tokens"])]
             assert torch.allclose(own, torch.tensor(generation["logps"]), atol=2e-4)
+
+
+# ---- what the round does around an objective ----------------------------------------------------
+
+
+def test_the_divergence_is_charged_to_the_reward_of_a_reply() -> None:
+    """0.5 nats a token, beta 0.2: replies of 1, 2 and 3 tokens pay 0.1, 0.2 and 0.3."""
+    recipe = Recipe.model_validate(
+        {"constraint": {"enabled": False}, "update": {"objective": "reinforce", "kl": 0.2}, "objective": {"kl_estimator": "k1-reward", "baseline": "none"}}
+    )  # fmt: skip
+    given: Any = SimpleNamespace(recipe=recipe, choice=choose(recipe), baselines={})
+    found = advantages(given, rewards((1.0, 0), (2.0, 0), (3.0, 0)), lengths=(1, 2, 3), spent=0.5)
+    assert found.tolist() == [pytest.approx([0.9, 1.8, 2.7])]
+
+
+def test_dapo_takes_reward_off_near_the_limit_and_cut_off_replies_teach_nothing() -> None:
+    """Limit 10, share 0.2: 9 tokens cost 0.5, 10 cost 1. Rewards 1, 1 - 0.5, 2 - 1: 1, 0.5, 1."""
+    recipe = Recipe.model_validate(
+        {"constraint": {"enabled": False}, "update": {"objective": "dapo"}, "sampling": {"max_new_tokens": 10}, "objective": {"scale": "none"}}
+    )  # fmt: skip
+    given: Any = SimpleNamespace(recipe=recipe, choice=choose(recipe), baselines={})
+    totals = rewards((1.0, 0), (1.0, 0), (2.0, 0))
+    found = advantages(given, totals, lengths=(3, 9, 10))
+    assert found.tolist() == [pytest.approx([1 / 6, -1 / 3, 1 / 6])]
+    replies: Any = [[SimpleNamespace(finished=n < 2) for n in range(3)]]
+    assert teaching(given, totals, replies, found) == [[True, True, False]]
+    assert teaching(given, totals, replies, torch.zeros(1, 3)) == [[False] * 3]
+
+
+def test_a_value_head_also_learns_from_ties_and_never_from_what_is_missing() -> None:
+    recipe = Recipe.model_validate({"update": {"objective": "ppo"}})
+    given: Any = SimpleNamespace(recipe=recipe, choice=choose(recipe))
+    replies: Any = [[SimpleNamespace(finished=True)] * 3]
+    zeros = torch.zeros(1, 3)
+    assert teaching(given, rewards((1.0, 0), (None, 0), (1.0, 0)), replies, zeros) == [[True, False, True]]
+    assert teaching(given, rewards((1.0, 0), (None, 0), (None, 0)), replies, zeros) == [[False] * 3]
+
+
+def test_a_moving_baseline_is_that_of_earlier_rounds() -> None:
+    recipe = Recipe.model_validate(
+        {"constraint": {"enabled": False}, "update": {"objective": "reinforce"}, "objective": {"baseline": "moving", "decay": 0.5}}
+    )  # fmt: skip
+    given: Any = SimpleNamespace(recipe=recipe, choice=choose(recipe), baselines={})
+    assert advantages(given, rewards((1.0, 0), (3.0, 0))).tolist() == [[-1.0, 1.0]]  # its own mean: nothing earlier
+    assert given.baselines == {"reward": 2.0}
+    assert advantages(given, rewards((5.0, 0), (5.0, 0))).tolist() == [[3.0, 3.0]]
+    assert given.baselines == {"reward": 3.5}
+
+
+def test_tied_and_silent_groups_are_counted() -> None:
+    from tutelage.feedback.panel import Findings
+    from tutelage.loop.stages import figures
+
+    def group(*totals: float | None) -> list[Reward]:
+        return [Reward("g", total, {}) for total in totals]
+
+    found = figures(
+        Findings([], [], [], [], [], []), [group(1.0, 1.0), group(1.0, None), group(None, None), group(1.0, 2.0)]
+    )
+    assert (found["dead_groups"], found["tied_groups"], found["silent_groups"]) == (2, 1, 1)

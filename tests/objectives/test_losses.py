@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import math
 import textwrap
@@ -172,6 +173,7 @@ def test_on_policy_gspo_has_the_gradient_of_grpo() -> None:
 # ---- TRL -------------------------------------------------------------------------------------
 
 
+@functools.cache
 def trls(file: str) -> Any:
     """The `_compute_loss` of a trainer of the installed TRL, without importing all that stands beside it."""
     pytest.importorskip("trl")
