@@ -88,7 +88,7 @@ def integrated_gradients(
     keep_BT: torch.Tensor,
     *,
     baseline: torch.Tensor | None = None,
-    steps: int = 16,
+    steps: int = 32,
 ) -> Attribution:
     """Gradients along the straight path from a blank reply to the real one.
 
@@ -113,7 +113,7 @@ def integrated_gradients(
         InputError: `steps` is below 1.
     """
     if steps < 1:
-        raise InputError(f"{steps} steps of integrated gradients", expected="at least 1", fix="take 16 or more")
+        raise InputError(f"{steps} steps of integrated gradients", expected="at least 1", fix="take 32 or more")
     start_BTD, way_BTD = _path(embeds_BTD, keep_BT, baseline)
     nodes, shares = np.polynomial.legendre.leggauss(steps)
     slope_BTD = torch.zeros_like(way_BTD)

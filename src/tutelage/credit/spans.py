@@ -70,16 +70,16 @@ def token_spans(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -
     """
     text = decode(tokens)
     spans = []
-    sure, shown = 0, ""
+    sure = 0
     for n in range(1, len(tokens) + 1):
         here = decode(tokens[:n])
         end = sure
         while end < min(len(here), len(text)) and here[end] == text[end]:
             end += 1
-        # No new sure character, but something more to show: a part of the next character.
-        part = end == sure and here != shown and end < len(text)
+        # No new sure character, but something behind the sure ones: bytes of the next.
+        part = end == sure and sure < min(len(here), len(text))
         spans.append((sure, end + part))
-        sure, shown = end, here
+        sure = end
     return text, tuple(spans)
 
 
@@ -87,8 +87,10 @@ def by_character(credit: Sequence[float], spans: Sequence[Span], length: int) ->
     """Credit of each character: a token's, in equal parts over its own; without text it goes to the next one.
 
     Raises:
-        InputError: Spans and credit are not equally many, or a span is not within the text.
+        InputError: Spans and credit are not equally many, a span is not within the text, or there is no text.
     """
+    if length < 1:
+        raise InputError("a text without characters", expected="at least one", fix="leave out empty replies")
     found = [Fraction(0)] * length
     for value, (start, end) in _checked(credit, spans, length):
         for c in range(start, end) if end > start else [min(start, length - 1)]:
@@ -114,7 +116,7 @@ def align(credit: Sequence[float], spans: Sequence[Span], others: Sequence[Span]
     """
     if not others:
         raise InputError("there is no token to move credit to", expected="at least one", fix="leave out empty replies")
-    length = max(end for _, end in (*spans, *others)) if spans else 0
+    length = max(max(span) for span in (*spans, *others))
     covering: list[list[int]] = [[] for _ in range(length)]
     for k, (start, end) in enumerate(others):
         for c in range(start, end):
@@ -139,7 +141,7 @@ def _checked(credit: Sequence[float], spans: Sequence[Span], length: int) -> lis
             fix="take both from the same tokenisation",
         )
     for value, (start, end) in zip(credit, spans, strict=True):
-        if not (0 <= start <= end <= length and length and math.isfinite(value)):
+        if not (0 <= start <= end <= length and math.isfinite(value)):
             raise InputError(
                 f"credit {value} at characters {start} to {end} of {length}",
                 expected="a finite number, and a place within the text",
