@@ -23,6 +23,7 @@ Weight = Annotated[float, help_("factor on it")]
 @modules.command(name="show")
 def show_(
     adapter: Place,
+    /,
     *others: Place,
     runs: Runs = Path("runs"),
     as_json: Json = False,
@@ -69,6 +70,7 @@ def _how(manifest: dict[str, Any]) -> str:
 @modules.command
 def mix(
     adapter: Place,
+    /,
     *others: Place,
     out: Out,
     weights: Annotated[
@@ -79,7 +81,9 @@ def mix(
         Literal["sum", "soup", "ties", "dare"],
         help_("sum of weight x change; soup: their mean; ties: entries that agree in sign; dare: entries at random"),
     ] = "sum",
-    rank: Annotated[int | None, help_("of the mix (default: nothing is cut away)")] = None,
+    rank: Annotated[
+        int | None, help_("of the mix (default: exact for sum and soup, else the sum of the ranks)")
+    ] = None,
     density: Annotated[float, help_("ties: share of each layer's entries that stay")] = 0.2,
     drop: Annotated[float, help_("dare: probability that an entry is dropped")] = 0.5,
     scale: Annotated[float, help_("ties: factor on the mix")] = 1.0,

@@ -61,7 +61,7 @@ def prefix_difference(
         forward and no gradient.
     Assumption: the head can judge unfinished replies. One trained on finished ones only is out of its
         depth on prefixes, and the scores then show surprise at a missing end more than harm.
-    Source: Li et al. 2024, RED (arXiv 2411.08302), section 3.2.
+    Source: Li et al. 2024, RED (arXiv 2411.08302), the redistributed reward.
 
     Args:
         states_BTD: Hidden state at each of the reply's tokens, from a causal model.

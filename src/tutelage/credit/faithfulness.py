@@ -67,7 +67,7 @@ def deletion(
         orders: Random orders.
         seed: Of the random orders.
 
-    Source: Petsiuk, Das and Saenko 2018 (arXiv 1806.07421), section 4.1, the deletion metric.
+    Source: Petsiuk, Das and Saenko 2018 (arXiv 1806.07421), the deletion metric.
 
     Raises:
         InputError: No token, or no random order.

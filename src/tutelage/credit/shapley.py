@@ -69,7 +69,7 @@ def shapley(game: Game) -> dict[str, float]:
         other then both get nothing.
     Assumption: every subset makes sense by itself. A subset that nobody would ever use counts as much as
         the others.
-    Source: Shapley 1953, A Value for n-Person Games, section 3.
+    Source: Shapley 1953, A Value for n-Person Games.
     """
     n = len(game.players)
     orders = math.factorial(n)

@@ -171,7 +171,7 @@ def truncate(change: Factors | torch.Tensor, rank: int) -> tuple[Factors, float,
     """The product of `rank` that is nearest to a change; also how far it is, and how large the change is.
 
     A product of factors is never written out: the SVD is that of a small matrix between two orthogonal ones.
-    Source: Eckart and Young 1936, theorem 1.
+    Source: Eckart and Young 1936, the theorem that bears their names.
     """
     if isinstance(change, Factors):
         q_b, r_b = torch.linalg.qr(change.b_OR.double())
@@ -226,7 +226,7 @@ def _largest(change: torch.Tensor, density: float) -> torch.Tensor:
 def dare(change: torch.Tensor, drop: float, generator: torch.Generator) -> torch.Tensor:
     """Drop entries at random and scale the others up, so that the expectation stays.
 
-    Source: Yu et al. 2023 (arXiv 2311.03099), section 3.2, equation 2.
+    Source: Yu et al. 2023 (arXiv 2311.03099), drop and rescale.
     """
     stays = torch.rand(change.shape, generator=generator) >= drop
     return change * stays / (1.0 - drop)
