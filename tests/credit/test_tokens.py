@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.credit.tokens import assign, reward_to_go, weights
+from tutelage.credit.tokens import assign, assign_signed, reward_to_go, weights
 
 METHODS = ("attention", "uniform", "last")
 KEEP = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
@@ -109,3 +109,44 @@ def test_the_first_token_is_worth_the_whole_advantage(
     keep, attention, advantage = case
     value = reward_to_go(assign(advantage, weights("attention", keep, attention), keep, beta=beta))
     assert torch.allclose(value[:, 0], advantage, rtol=1e-5, atol=1e-4)
+
+
+# -- sinks dropped, and signed credit ---------------------------------------------------------------
+
+
+def test_dropped_columns_by_hand() -> None:
+    """0.1, 0.3, 0.2 without the first: 0.6 and 0.4 of the rest; with all dropped it is uniform."""
+    drop = torch.tensor([[True, False, False, False], [True, False, False, False], [False] * 4])
+    got = table(weights("attention", KEEP, ATTENTION, drop))
+    assert got == [[0.0, 0.6, 0.4, 0.0], [0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert torch.equal(weights("uniform", KEEP, None, drop), weights("uniform", KEEP, None))
+
+
+def test_signed_credit_by_hand() -> None:
+    """A = 1, beta 0.5, scores 2, -4, 0, 1: 1, -2, 0, 0.5 leave 1.5, for the last or 0.375 for each."""
+    score, advantage = torch.tensor([[2.0, -4.0, 0.0, 1.0]]), torch.tensor([1.0])
+    last = assign_signed(advantage, score, torch.ones(1, 4), beta=0.5)
+    assert last.tolist() == [[1.0, -2.0, 0.0, 2.0]]
+    spread = assign_signed(advantage, score, torch.ones(1, 4), beta=0.5, rest="spread")
+    assert spread.tolist() == [[1.375, -1.625, 0.375, 0.875]]
+
+
+def test_with_the_rest_on_the_last_token_reward_to_go_is_the_advantage_less_what_came_before() -> None:
+    """So it is a baseline: it cannot depend on the token itself or on later ones."""
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(2, 5, generator=generator)
+    score[1, :3] = score[0, :3]  # the same beginning, other ends
+    value = reward_to_go(assign_signed(torch.tensor([2.0, -1.0]), score, torch.ones(2, 5), beta=0.7))
+    baseline = value - torch.tensor([[2.0], [-1.0]])
+    assert baseline[0, :4].tolist() == pytest.approx(baseline[1, :4].tolist(), abs=1e-5)
+    assert baseline[0].tolist() == pytest.approx([-0.7 * float(score[0, :t].sum()) for t in range(5)], abs=1e-5)
+
+
+@given(case=rows(), beta=st.floats(0, 2), rest=st.sampled_from(["last", "spread"]))
+def test_signed_credit_sums_to_the_advantage(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], beta: float, rest: Any
+) -> None:
+    keep, scores, advantage = case
+    credit = assign_signed(advantage, 20.0 * (scores - 0.5), keep, beta=beta, rest=rest)
+    assert torch.allclose(credit.double().sum(-1), advantage.double(), rtol=1e-6, atol=2e-5)
+    assert not credit[keep == 0].any()

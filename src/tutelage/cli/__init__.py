@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
-from tutelage.cli import constitution, feedback, training
+from tutelage.cli import constitution, feedback, modules, training
 from tutelage.cli.parameters import app
 from tutelage.errors import InputError, Interrupted, TutelageError
 
-__all__ = ["app", "constitution", "feedback", "main", "training"]
+__all__ = ["app", "constitution", "feedback", "main", "modules", "training"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

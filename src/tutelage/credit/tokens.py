@@ -6,12 +6,18 @@ from typing import Literal
 
 import torch
 
-__all__ = ["assign", "reward_to_go", "weights"]
+__all__ = ["assign", "assign_signed", "reward_to_go", "weights"]
 
 Method = Literal["attention", "uniform", "last"]
+Rest = Literal["last", "spread"]
 
 
-def weights(method: Method, keep_BT: torch.Tensor, attention_BT: torch.Tensor | None) -> torch.Tensor:
+def weights(
+    method: Method,
+    keep_BT: torch.Tensor,
+    attention_BT: torch.Tensor | None,
+    drop_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Non-negative weights over each row's tokens that sum to one.
 
     Args:
@@ -22,6 +28,8 @@ def weights(method: Method, keep_BT: torch.Tensor, attention_BT: torch.Tensor | 
             attention sink at the first token) are not in it. The last token's weight on itself is
             dropped: it is the observer, and its self-attention says nothing about the others. A row
             that puts no weight on any other token falls back to uniform.
+        drop_BT: True for columns that draw attention whatever they say (`spans.sinks` finds them); they
+            are left out before normalising. Only `attention` reads it.
 
     Source: Chan et al. 2024 (arXiv 2402.00782), section 3.
     """
@@ -35,6 +43,8 @@ def weights(method: Method, keep_BT: torch.Tensor, attention_BT: torch.Tensor | 
     if attention_BT is None:
         raise ValueError("attention credit needs the attention of the scored replies")
     seen = attention_BT.clamp_min(0.0) * keep_BT * ~last_BT
+    if drop_BT is not None:
+        seen = seen * ~drop_BT
     total = seen.sum(-1, keepdim=True)
     return torch.where(total > 1e-8, seen / total.clamp_min(1e-8), uniform)
 
@@ -54,6 +64,39 @@ def assign(
     # Rounding leaves about 1e-7; the last token takes it, so that the sum is exact in float64 terms.
     credit[rows, length_B - 1] += advantage_B - credit.sum(-1)
     return credit * keep_BT
+
+
+def assign_signed(
+    advantage_B: torch.Tensor,
+    score_BT: torch.Tensor,
+    keep_BT: torch.Tensor,
+    *,
+    beta: float,
+    rest: Rest = "last",
+) -> torch.Tensor:
+    """credit_BT = beta s_t, plus what is missing to A; rows sum to A, prompts get none.
+
+    Unlike with `assign`, a token of a praised reply can be blamed.
+
+    Args:
+        advantage_B: What each row is worth.
+        score_BT: Signed scores in the advantage's unit: where rewards were divided by something, so must be
+            these.
+        keep_BT: 1.0 where the row has a token; every row has at least one.
+        beta: Factor on the scores.
+        rest: Who takes A - beta sum s: the `last` token, or all in equal parts (`spread`). With prefix
+            differences and `last`, reward-to-go at t is A less a function of what came before t, a baseline
+            that leaves the expected policy gradient as it was (Ng, Harada and Russell 1999, theorem 1).
+            `spread` depends on the reply's length and has no such warrant.
+    """
+    length_B = keep_BT.sum(-1).long()
+    rows, last_B = torch.arange(len(advantage_B)), length_B - 1
+    credit = beta * score_BT.to(advantage_B.dtype) * keep_BT
+    if rest == "spread":
+        credit = credit + (advantage_B - credit.sum(-1))[:, None] * keep_BT / length_B[:, None]
+    missing_B = advantage_B.double() - credit.double().sum(-1)
+    credit[rows, last_B] += missing_B.to(credit.dtype)
+    return credit
 
 
 def reward_to_go(credit_BT: torch.Tensor) -> torch.Tensor:
