@@ -1,7 +1,7 @@
 """Every objective on the same task with the same budget of samples: the honesty recipe, small, five seeds.
 
     python benchmarks/objectives.py --runs /tmp/objectives            # every objective, every seed
-    python benchmarks/objectives.py --runs /tmp/objectives --only grpo,dpo --seeds 2
+    python benchmarks/objectives.py --runs /tmp/objectives --only "grpo;dpo" --seeds 2
     python benchmarks/objectives.py --runs /tmp/objectives --table    # print the table from what is there
 
 All objectives of a seed start from the same supervised stage, played once, and draw the same number of
@@ -35,15 +35,25 @@ COMMON = [
 ]  # fmt: skip
 START = "start-of"
 ARMS: dict[str, list[str]] = {
-    "grpo": [],
-    "rloo": ['update.objective="rloo"'],
+    name: [f'update.objective="{name}"']
+    for name in (
+        "grpo", "reinforce", "rloo", "dr-grpo", "dapo", "reinforce-plus-plus", "gspo", "cispo-cap", "cispo-clamp",
+        "ppo", "nash", "dpo", "robust-dpo", "ipo", "ipo-per-token", "exo-pair", "simpo", "orpo", "kto",
+    )
+}  # fmt: skip
+ARMS["dpo, geometric"] = ['update.objective="dpo"', 'objective.mode="improve"']
+ARMS["dpo, smoothed"] = ['update.objective="dpo"', "objective.smoothing=0.1"]
+ARMS["dpo, every two"] = ['update.objective="dpo"', 'objective.pairs="all"']
+ARMS |= {
+    "grpo, uniform credit": ['update.objective="grpo"', 'credit.method="uniform"'],
+    "grpo, sparse credit": ['update.objective="grpo"', 'credit.method="last"'],
 }
 METRICS = ("made_up_unanswerable", "correct_answerable", "abstained_known", "asked_back_ambiguous")
 
 
 def play(arm: str, seed: int, runs: Path) -> dict[str, Any]:
     """Summary of one run, with what its ledger says of its replies; played when it is not there yet."""
-    name = f"{arm}-{seed}"
+    name = folder(arm, seed)
     done = runs / name / "summary.json"
     if not done.is_file():
         start = runs / f"{START}-{seed}"
@@ -59,6 +69,11 @@ def play(arm: str, seed: int, runs: Path) -> dict[str, Any]:
             tutelage.run(recipe, name=name, runs=runs, resume=resume, progress=progress)
     summary: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
     return summary | looked(runs / name / "ledger.db", summary)
+
+
+def folder(arm: str, seed: int) -> str:
+    """Name of a run."""
+    return f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def looked(ledger: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -109,19 +124,19 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> None:
     """Parse and play."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="comma-separated: " + ", ".join(ARMS))
+    parser.add_argument("--only", default="", help="parted by ;: " + "; ".join(ARMS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--table", action="store_true", help="play nothing")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    arms = [START, *(given.only.split(",") if given.only else ARMS)]
+    arms = [START, *(given.only.split(";") if given.only else ARMS)]
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for seed in seeds:
         for arm in arms:
-            if not given.table or (given.runs / f"{arm}-{seed}" / "summary.json").is_file():
+            if not given.table or (given.runs / folder(arm, seed) / "summary.json").is_file():
                 found[arm].append(play(arm, seed, given.runs))
     print(json.dumps(found) if given.json else table({arm: rows for arm, rows in found.items() if rows}))
 
