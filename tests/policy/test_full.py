@@ -120,5 +120,5 @@ def test_small_steps_are_not_lost_to_bfloat16() -> None:
         with torch.no_grad():
             layer.change += 2.0**-12
         alone += 2.0**-12
-        layer.merge(torch.empty(1))
+        layer.merge(torch.empty(1), None)
     assert float(alone) == 1.0 and float(layer.merged.detach()) == 1.0 + 2.0**-7

@@ -11,11 +11,14 @@ import peft
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from tutelage.errors import ModelError
 from tutelage.policy.lora import Adapter, LoraLinear, attach
+from tutelage.policy.merged import dither, round_down
 
 IDS = torch.tensor([[5, 9, 14, 30, 7, 22, 41], [8, 6, 50, 51, 52, 9, 3]])
 RANK, ALPHA = 3, 12.0
@@ -250,7 +253,7 @@ def test_a_bfloat16_weight_is_merged_in_float32() -> None:
     (layer,) = adapter.layers.values()
     wanted = base.weight.float() + layer.lora_b @ layer.lora_a
     assert layer.lora_a.dtype == torch.float32
-    assert torch.equal(layer.merged, wanted.to(torch.bfloat16))
+    assert (layer.merged.float() - wanted).abs().max() <= 2.0**-8 * wanted.abs().max() * 2  # one last bit
     x = torch.randn(3, 16, generator=random).bfloat16()
     assert adapter.layers["0"](x).dtype == torch.bfloat16
 
@@ -283,3 +286,47 @@ def test_aimed_rows_look_where_they_are_told_and_change_no_output(load_tiny: Cal
         assert torch.equal(lm.model(IDS).logits, before)
         adapter.aim({path: torch.eye(48)})  # more rows than the rank: the first ones count
         assert torch.equal(adapter.layers[path].lora_a, torch.eye(48)[:RANK])
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.8])
+def test_a_change_below_the_last_bit_of_bfloat16_arrives_as_a_share_of_the_weights(share: float) -> None:
+    """Weights of 1 to 2 have a last bit of 2^-7. Plain rounding would give nothing below 0.5 and all above."""
+    weights = (1.0 + torch.arange(64 * 64) % 128 / 128).to(torch.bfloat16).view(64, 64)
+    wide = weights.float() + share / 128
+    round_down(wide.view(-1).view(torch.int32), dither(wide.device))
+    moved = (wide - weights.float()) * 128
+    assert set(moved.unique().tolist()) == {0.0, 1.0}
+    assert moved.mean().item() == pytest.approx(share, abs=0.002)
+    rows = moved.mean(1)  # what a product of one row with ones sees
+    assert (rows - share).abs().max() < 0.05
+    assert torch.equal(wide.to(torch.bfloat16).float(), wide)  # nothing is left to round
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=16), min_size=1, max_size=30))
+def test_what_bfloat16_holds_stays_and_rounding_never_moves_by_a_whole_bit(values: list[float]) -> None:
+    held = torch.tensor(values).to(torch.bfloat16).float()
+    for wide in (held.clone(), torch.tensor(values)):
+        before = wide.clone()
+        round_down(wide.view(torch.int32), dither(wide.device))
+        assert ((wide - before).abs() <= before.abs() * 2.0**-7 + 1e-38).all()
+    same = held.clone()
+    round_down(same.view(torch.int32), dither(same.device))
+    assert torch.equal(same, held)
+
+
+def test_a_small_first_step_moves_a_bfloat16_layer() -> None:
+    """A change of a hundredth of the weights' last bits: the merged layer's output moves by it, in sum."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        base.weight.copy_(torch.rand(256, 256) * 0.05 + 0.07)
+    before = base.weight.detach().float().clone()
+    lm = torch.nn.Sequential(base)
+    adapter = attach(lm, rank=4, alpha=4, seed=0, first_layer=0)
+    (layer,) = adapter.layers.values()
+    with torch.no_grad():
+        layer.lora_a.fill_(0.01)
+        layer.lora_b.fill_(0.0002)  # 4 * 0.01 * 0.0002 = 8e-6, where a last bit is 2^-11 = 4.9e-4
+    adapter.merge()
+    change = (layer.merged.float() - before).mean().item()
+    assert change == pytest.approx(8e-6, rel=0.05)

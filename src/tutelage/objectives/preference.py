@@ -93,7 +93,7 @@ class RobustDpo:
     beta: float = 0.1
     flip: float = 0.1
     cap: float = 10.0
-    name: str = "robust_dpo"
+    name: str = "robust-dpo"
 
     def __post_init__(self) -> None:
         check_option(self.name, "beta", self.beta, least=0.0, most=math.inf, open_=True)
@@ -159,7 +159,7 @@ class IpoPerToken:
     """
 
     beta: float = 0.1
-    name: str = "ipo_per_token"
+    name: str = "ipo-per-token"
 
     def __post_init__(self) -> None:
         check_option(self.name, "beta", self.beta, least=0.0, most=math.inf, open_=True)
@@ -188,7 +188,7 @@ class ExoPair:
 
     beta: float = 0.1
     smoothing: float = 0.001
-    name: str = "exo_pair"
+    name: str = "exo-pair"
 
     def __post_init__(self) -> None:
         check_option(self.name, "beta", self.beta, least=0.0, most=math.inf, open_=True)

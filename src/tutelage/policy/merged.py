@@ -19,7 +19,29 @@ from torch.nn import functional as F
 
 from tutelage.errors import ModelError
 
-__all__ = ["Merged", "MergedLayers", "Switch", "linear_layers", "put"]
+__all__ = ["Merged", "MergedLayers", "Switch", "dither", "linear_layers", "put", "round_down"]
+
+
+def dither(device: torch.device) -> torch.Tensor:
+    """int32 numbers: each from 0 to 65,535 once, in an order that is even over every stretch (a Weyl sequence)."""
+    step = 40_503  # 2^16 by the golden ratio
+    return (torch.arange(1 << 16, dtype=torch.int64, device=device) * step + (1 << 15) & 0xFFFF).to(torch.int32)
+
+
+def round_down(bits_N: torch.Tensor, dither_D: torch.Tensor) -> None:
+    """Cut float32 numbers, as bits, to what bfloat16 holds, in place, after adding the dither below its last bit.
+
+    Plain rounding would lose every change below half of a weight's last bit, which is all of a small first
+    step, on all weights alike. So a change by p of the last bit moves a share p of the weights, and products
+    with many weights see it whole. A number that bfloat16 holds stays what it is: without a change the
+    weights are those of the start model. The same change gives the same weights: resumed runs stay bit-equal.
+
+    Source: stochastic rounding, Gupta et al. 2015 (arXiv 1502.02551), with a fixed dither instead of a random one.
+    """
+    whole = len(bits_N) - len(bits_N) % len(dither_D)
+    bits_N[:whole].view(-1, len(dither_D)).add_(dither_D)
+    bits_N[whole:].add_(dither_D[: len(bits_N) - whole])
+    bits_N.bitwise_and_(-65_536)
 
 
 @dataclasses.dataclass
@@ -62,17 +84,21 @@ class Merged(nn.Module, abc.ABC):
         """The weight the layer computes with now: merged, or the start model's while the switch is off."""
         return self.merged if self._switch.on else self.weight
 
-    def merge(self, scratch: torch.Tensor) -> None:
+    def merge(self, scratch: torch.Tensor, dither_D: torch.Tensor | None) -> None:
         """Form start plus change anew, in the weight's dtype.
 
         Args:
             scratch: float32 numbers to work in, at least as many as the weight has.
+            dither_D: For a bfloat16 weight, `dither`.
         """
         with torch.no_grad():
             if not self._own:  # memory is taken once and reused by every merge
                 self.merged, self._own = torch.empty_like(self.weight), True
-            wide = scratch[: self.weight.numel()].view(self.weight.shape).copy_(self.weight)
+            flat = scratch[: self.weight.numel()]
+            wide = flat.view(self.weight.shape).copy_(self.weight)
             self.add_change(wide)
+            if dither_D is not None:
+                round_down(flat.view(torch.int32), dither_D)
             self.merged.copy_(wide)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,8 +123,9 @@ class MergedLayers(abc.ABC):
         layers = self.layers.values()
         first = next(iter(layers))
         scratch = torch.empty(max(x.weight.numel() for x in layers), device=first.weight.device)
+        dither_D = dither(scratch.device) if first.weight.dtype == torch.bfloat16 else None
         for layer in layers:
-            layer.merge(scratch)
+            layer.merge(scratch, dither_D)
 
     def off(self) -> AbstractContextManager[None]:
         """The frozen start model inside the block: it is also the reference policy."""
