@@ -59,7 +59,7 @@ def contrast_logp(
     inside_BV = torch.isfinite(kept_BV)
     # Outside, both may be -inf, whose difference is not a number.
     push_BV = torch.where(inside_BV, expert_BV.float() - anti_BV.float(), 0.0)
-    if not bool((torch.isfinite(push_BV).all() & inside_BV.any(-1).all())):
+    if not bool(torch.isfinite(push_BV).all() & inside_BV.any(-1).all()):
         raise ModelError(
             "a logit of the base, the expert or the anti-expert is not finite where the base allows the token",
             expected="finite logits there",
