@@ -33,7 +33,7 @@ def contrast_logp(
     disagree on moves the base, and a token that the base holds unlikely cannot be raised.
     Assumption: both were tuned from one start on opposite data, so that their difference is the attribute.
     If they differ in more (length, format), alpha scales that too.
-    Source: Liu et al. 2021, DExperts (arXiv 2105.03023), equation 2; the paper filters the base first.
+    Source: Liu et al. 2021, DExperts (arXiv 2105.03023), section 2; the filter comes first, as in the authors' code.
 
     Args:
         base_BV: Raw logits, (rows, vocabulary).
@@ -76,7 +76,7 @@ def mix_logp(logits_KBV: Sequence[torch.Tensor], weights_K: Sequence[float]) -> 
     Difference: a mean of probabilities keeps a token that a single model likes; the product wants all.
     Merging weights costs one forward instead of K, but holds only near the start.
     Assumption: weights on the simplex. Were their sum not 1, the mixture would be tempered as well.
-    Source: Shi et al. 2024, multi-objective decoding (arXiv 2406.18853), equation 7 with reverse KL.
+    Source: Shi et al. 2024, multi-objective decoding (arXiv 2406.18853), the case of reverse KL.
 
     Args:
         logits_KBV: Raw logits of each model, all (rows, vocabulary) and over one vocabulary.

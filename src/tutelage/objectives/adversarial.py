@@ -29,7 +29,7 @@ def airl_reward(logit_N: torch.Tensor, *, clip: float) -> torch.Tensor:
     At the optimal D it is log(p_expert / p_policy), so its mean under the policy is -KL(policy || expert):
     zero once the policy has arrived, and negative wherever the policy says what the expert does not.
 
-    Source: Fu et al. 2018, AIRL (arXiv 1710.11248), section 5 and appendix A.
+    Source: Fu et al. 2018, AIRL (arXiv 1710.11248), the policy's reward in algorithm 1.
     """
     return logit_N.clamp(-clip, clip)
 
@@ -154,8 +154,8 @@ class Discriminator:
     Assumption: the features carry the attribute and little else. Where any of them gives the policy away,
     f saturates within a few updates and pays noise; hence smoothing, noise, replay, and no training
     above `high`.
-    Source: Ho & Ermon 2016 (arXiv 1606.03476), equation 16; label smoothing and replay as in Salimans et al.
-    2016 (arXiv 1606.03498), section 3, and Shrivastava et al. 2017 (arXiv 1612.07828), section 2.3.
+    Source: Ho & Ermon 2016 (arXiv 1606.03476), algorithm 1; label smoothing after Salimans et al. 2016
+    (arXiv 1606.03498), who smooth one side, and replay after Shrivastava et al. 2017 (arXiv 1612.07828).
     """
 
     def __init__(self, width: int, settings: DiscriminatorSettings | None = None) -> None:

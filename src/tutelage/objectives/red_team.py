@@ -111,7 +111,7 @@ class Archive:
     Assumption: styles and topics name what makes attacks different. Within a cell only the best stays, so
     two unlike attacks of one cell displace each other; `novelty` tells how unlike.
     Source: Mouret & Clune 2015, MAP-Elites (arXiv 1504.04909), algorithm 1; for prompts, Samvelyan et al.
-    2024, Rainbow Teaming (arXiv 2402.16822), section 3.
+    2024, Rainbow Teaming (arXiv 2402.16822).
     """
 
     def __init__(self, styles: Sequence[str], topics: Sequence[str], sides: Sides | None = None) -> None:
@@ -259,7 +259,7 @@ def attacker_reward(
     Without novelty the attacker repeats its one best attack; without fluency it finds strings that no
     person would type.
 
-    Source: Perez et al. 2022 (arXiv 2202.03286), section 3, with diversity as in Hong et al. 2024 (arXiv 2402.19464).
+    Source: Perez et al. 2022 (arXiv 2202.03286), with diversity as in Hong et al. 2024 (arXiv 2402.19464).
     """
     total = 0.0
     for weight, part in zip(weights, (unsafe, novelty, fluent), strict=True):

@@ -30,7 +30,7 @@ def log1mexp(logp: torch.Tensor) -> torch.Tensor:
     Above -1e-6 the value stays, and the gradient is the one at -1e-6: a token that is certain must still
     be pushed down, and a plain clamp would stop pushing exactly there.
 
-    Source: Maechler 2012, "Accurately computing log(1 - exp(-|a|))", equation 7.
+    Source: Maechler 2012, "Accurately computing log(1 - exp(-|a|))".
     """
     held = logp + (logp.clamp_max(-_CLOSEST) - logp).detach()
     return torch.where(held > -math.log(2.0), (-torch.expm1(held)).log(), torch.log1p(-held.exp()))
@@ -46,7 +46,8 @@ class Unlikelihood:
     rarer and has no floor; -log(1 - pi) pushes by p and fades out once the token is unlikely.
     Assumption: the mark is on the token at fault. A mark on the whole reply also unlearns its ordinary
     words; keep some likelihood on unmarked text, or fluency goes with the fault.
-    Source: Welleck et al. 2019 (arXiv 1908.04319), equation 4 (the loss) and section 5.2 (sequence level).
+    Source: Welleck et al. 2019 (arXiv 1908.04319), section "The unlikelihood training objective",
+    its sequence-level form.
     """
 
     alpha: float = 1.0
@@ -91,7 +92,7 @@ def context_unlikelihood(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor, keep
     Returns:
         loss_BT: sum over c in {y_1 .. y_(t-1)} without y_t of -log(1 - p_t(c)); zero without a token.
 
-    Source: Welleck et al. 2019 (arXiv 1908.04319), equations 3 and 5.
+    Source: Welleck et al. 2019 (arXiv 1908.04319), the token-level form.
     """
     logp_BTV = logits_BTV.float().log_softmax(-1)
     said_BTV = torch.zeros_like(logp_BTV).scatter_(-1, tokens_BT[..., None], keep_BT[..., None].to(logp_BTV.dtype))
@@ -104,7 +105,7 @@ def context_unlikelihood(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor, keep
 def sequence_repetition(tokens: Sequence[Hashable], n: int) -> float | None:
     """seq-rep-n: 1 - distinct n-grams / n-grams of one continuation; None when it has none.
 
-    Source: Welleck et al. 2019 (arXiv 1908.04319), equation 9.
+    Source: Welleck et al. 2019 (arXiv 1908.04319), among the metrics of repetition.
     """
     grams = _grams(tokens, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else None
@@ -122,7 +123,7 @@ def mark_repeats(tokens: Sequence[Hashable], n: int, *, weight: float = -1.0, re
         weight: Of marked tokens.
         rest: Of the others.
 
-    Source: Welleck et al. 2019 (arXiv 1908.04319), section 5.2.
+    Source: Welleck et al. 2019 (arXiv 1908.04319), the candidates of the sequence-level form.
     """
     found = [rest] * len(tokens)
     seen: set[tuple[Hashable, ...]] = set()
