@@ -103,14 +103,14 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, b: Batch, rel: float =
         (Dpo(BETA), "sigmoid", 0.0),
         (IpoPerToken(BETA), "ipo", 0.0),
         (RobustDpo(BETA, flip=0.2), "robust", 0.2),
-        (ExoPair(BETA, smoothing=0.05), "exo-pair", 0.05),
+        (ExoPair(BETA, smoothing=0.05), "exo_pair", 0.05),
         (Aot(BETA), "aot", 0.0),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_pairs_as_trl_has_them(ours: Any, kind: str, smoothing: float) -> None:
     b = pairs()
-    rel = 1e-6 if kind == "exo-pair" else 1e-9  # TRL has this smoothing in single precision
+    rel = 1e-6 if kind == "exo_pair" else 1e-9  # TRL has this smoothing in single precision
     assert_same(ours(b).value, trl_dpo(b, {kind: 1.0}, smoothing), b, rel)
 
 
