@@ -44,6 +44,10 @@ _NOTES: Mapping[str, str] = {
     "lora": "Why A starts where the critic looks is said in [a design note](../design/002-critic-aligned-adapter.md).",
     "supervised": "See [Supervised](objectives/supervised.md).",
     "update": "See [GRPO](objectives/grpo.md) and [RLOO](objectives/rloo.md).",
+    "controller": (
+        "See [Controller](controller.md). While it is on, the sections `constraint`, `credit`, `lora`, `supervised` "
+        "and `update` teach nothing."
+    ),
     "gate": "See [Gate](gate.md).",
     "limits": (
         "`seconds` is looked at before each unit of work, so a run may go over it by one unit. `memory_gb` changes "

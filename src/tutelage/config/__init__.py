@@ -16,6 +16,7 @@ from typing import Any
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from tutelage.config.controller import Controller
 from tutelage.config.sections import (
     JUDGE_KINDS,
     Constraint,
@@ -39,6 +40,7 @@ from tutelage.records import content_hash
 __all__ = [
     "JUDGE_KINDS",
     "Constraint",
+    "Controller",
     "Credit",
     "Feedback",
     "Gate",
@@ -75,12 +77,15 @@ class Recipe(Section):
     lora: Lora = Lora()
     supervised: Supervised = Supervised()
     update: Update = Update()
+    controller: Controller = Controller()
     gate: Gate = Gate()
     limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Recipe:
-        if not self.supervised.enabled and self.update.rounds == 0:
+        if self.controller.enabled and not self.sampling.exact:
+            raise ValueError("controller.enabled needs sampling in this process: neither sampling.int8 nor a server")
+        if not self.controller.enabled and not self.supervised.enabled and self.update.rounds == 0:
             raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
         if self.update.rounds and not any(self.rewards.model_dump().values()):
             raise ValueError("all weights in [rewards] are 0: the rounds would have nothing to learn from")
