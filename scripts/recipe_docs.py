@@ -45,6 +45,10 @@ _NOTES: Mapping[str, str] = {
     "supervised": "See [Supervised](objectives/supervised.md).",
     "update": "See [Policy gradient](policy-gradient.md): every objective, its advantage and its page.",
     "objective": "Which objective reads which key: [Policy gradient](policy-gradient.md#objectives).",
+    "controller": (
+        "See [Controller](controller.md). While it is on, the sections `constraint`, `credit`, `lora`, `supervised` "
+        "and `update` teach nothing."
+    ),
     "gate": "See [Gate](gate.md).",
     "limits": (
         "`seconds` is looked at before each unit of work, so a run may go over it by one unit. `memory_gb` changes "

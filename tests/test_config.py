@@ -52,6 +52,13 @@ def other_value(key: str) -> str:
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is typing.Literal:
         return f'"{next(c for c in typing.get_args(kind) if c != default)}"'
+    special = {
+        "controller.temperatures": "[0.0, 0.7]",
+        "controller.top_k": "[0, 40]",
+        "controller.masks": '["no-digits=[0-9]"]',
+    }
+    if key in special:
+        return special[key]
     if key == "judges":
         return '[{name = "mine", kind = "my_judges:polite"}]'
     if typing.get_origin(kind) is tuple:
@@ -155,6 +162,15 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str, key: str, m
         ("seed = -1", "seed"),
         ('[constraint]\nenabled = "perhaps"', "constraint.enabled"),
         ("[update]\nkl = nan", "update.kl"),
+        ("[controller]\ntemperatures = []", "controller.temperatures"),
+        ("[controller]\ntemperatures = [0.5, 0.5]", "controller.temperatures"),
+        ("[controller]\ntemperatures = [-0.5, 0.5]", "controller.temperatures"),
+        ("[controller]\ntop_k = [-1]", "controller.top_k"),
+        ('[controller]\nmasks = ["[0-9]"]', "controller.masks"),
+        ('[controller]\nmasks = ["digits=["]', "controller.masks"),
+        ('[controller]\nmasks = ["a=b", "a=c"]', "controller.masks"),
+        ("[controller]\ntemperatures = [0.7]", "controller"),
+        ("[controller]\ntemperatures = [0.0]\ntop_k = [0, 5]", "controller"),
     ],
 )
 def test_wrong_types_and_ranges_name_the_key(tmp_path: Path, text: str, key: str) -> None:
@@ -185,6 +201,8 @@ def test_numbers_that_nothing_can_work_with_are_refused(empty: Path, override: s
     [
         ("supervised.enabled=false", "update.rounds=0"),
         ("feedback.judges=[]",),
+        ("controller.enabled=true", "sampling.int8=true"),
+        ("controller.enabled=true", "sampling.server=http://127.0.0.1:8000"),
         ("rewards.fit=0", "rewards.principles=0", "rewards.consistency=0", "rewards.text=0"),
     ],
 )

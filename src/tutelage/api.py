@@ -59,7 +59,7 @@ def run(
     Raises:
         TutelageError: With a message that says what was got, expected, and what to do.
     """
-    from tutelage.applications import truthfulness
+    from tutelage.applications import controller, truthfulness
     from tutelage.loop.bench import Silent
     from tutelage.studio.report import write_report
 
@@ -76,7 +76,8 @@ def run(
         opened = Run.create(root, chosen, name)
     told.say(f"run {opened.folder}")
     try:
-        result = truthfulness.play(opened, told)
+        play = controller.play if opened.recipe.controller.enabled else truthfulness.play
+        result = play(opened, told)
         write_report(opened)
     except (InputError, JudgeRefused, ModelError, RecipeError):
         if not resume and not opened.ledger.units():

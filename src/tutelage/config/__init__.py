@@ -16,6 +16,7 @@ from typing import Any
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from tutelage.config.controller import Controller
 from tutelage.config.objectives import BASELINES, OBJECTIVES, Objective
 from tutelage.config.section import Section
 from tutelage.config.sections import (
@@ -41,6 +42,7 @@ __all__ = [
     "JUDGE_KINDS",
     "OBJECTIVES",
     "Constraint",
+    "Controller",
     "Credit",
     "Feedback",
     "Gate",
@@ -79,12 +81,15 @@ class Recipe(Section):
     supervised: Supervised = Supervised()
     update: Update = Update()
     objective: Objective = Objective()
+    controller: Controller = Controller()
     gate: Gate = Gate()
     limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Recipe:
-        if not self.supervised.enabled and self.update.rounds == 0:
+        if self.controller.enabled and not self.sampling.exact:
+            raise ValueError("controller.enabled needs sampling in this process: neither sampling.int8 nor a server")
+        if not self.controller.enabled and not self.supervised.enabled and self.update.rounds == 0:
             raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
         if self.supervised.adapter and not self.supervised.enabled:
             raise ValueError("supervised.adapter stands in for the supervised stage, and supervised.enabled is false")

@@ -85,6 +85,10 @@ class LlamaStep:
             memory: Keys and values of what came before.
             reach: Positions of the memory that are looked at.
         """
+        return self.head(self.hidden(tokens_B, slots_B, memory, reach))
+
+    def hidden(self, tokens_B: torch.Tensor, slots_B: torch.Tensor, memory: KeyValueMemory, reach: int) -> torch.Tensor:
+        """Final hidden states after `tokens_B`, (rows, hidden); `head` makes logits of them."""
         count, heads, shared, width = len(tokens_B), self.heads, self.shared, self.width
         half = width // 2
         x = self.embed_VD[tokens_B]
@@ -100,7 +104,7 @@ class LlamaStep:
             x = x + layer.out(memory.attend(index, turned[:, :heads], bias, width**-0.5))
             gate, up = layer.gate_up(F.rms_norm(x, x.shape[1:], layer.between, self.eps)).chunk(2, -1)
             x = x + layer.down(F.silu(gate) * up)
-        return self.head(F.rms_norm(x, x.shape[1:], self.last_norm, self.eps))
+        return F.rms_norm(x, x.shape[1:], self.last_norm, self.eps)
 
 
 def _fuse(layer: Any, make: Callable[[torch.Tensor, torch.Tensor | None], Linear]) -> _Layer:

@@ -18,7 +18,7 @@ from tutelage.engines.attention import AttentionPlan, KeyValueMemory, attention_
 from tutelage.engines.llama import LlamaStep
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
-from tutelage.engines.sampling import draw
+from tutelage.engines.sampling import Steering, draw, draw_rows
 from tutelage.errors import InputError, ModelError
 from tutelage.records import Generation, Prompt, SamplerSettings, content_hash
 
@@ -27,7 +27,10 @@ __all__ = ["LocalCompleter", "reply_of"]
 
 @dataclasses.dataclass
 class _Job:
-    """One sample to be drawn; `prefix` names the prompt whose keys and values it starts from."""
+    """One sample to be drawn; `prefix` names the prompt whose keys and values it starts from.
+
+    Under a steering, `dice` decides its choices, which are kept in `actions` with the states they were made on.
+    """
 
     prompt: int
     sample: int
@@ -36,14 +39,18 @@ class _Job:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logps: list[float] = dataclasses.field(default_factory=list)
     finished: bool = False
+    dice: np.ndarray | None = None
+    actions: list[int] = dataclasses.field(default_factory=list)
+    states: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class _Prefix:
-    """Keys and values of a computed prompt: layer -> (kv_heads, length, head_dim), and its next logits."""
+    """Keys and values of a computed prompt: layer -> (kv_heads, length, head_dim); its last state and next logits."""
 
     length: int
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    state_D: torch.Tensor
     logits_V: torch.Tensor
     waiting: int
 
@@ -85,6 +92,7 @@ class LocalCompleter:
         version: str,
         opening: Sequence[str] | None = None,
         greedy_first: bool = False,
+        steering: Steering | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> list[list[Generation]]:
         """Draw `samples` replies to each prompt.
@@ -99,16 +107,23 @@ class LocalCompleter:
                 returned text, not of `tokens`.
             greedy_first: The first reply of each prompt takes the most likely tokens; the prompt is
                 still computed once for all its replies.
+            steering: Chooses how tokens are drawn, a reply or a token at a time, and is told each reply
+                with its choices; `settings` then says the longest reply and nothing else.
             progress: Called with the number of newly finished replies.
 
         Returns:
             P lists of G generations, in order.
 
         Raises:
-            InputError: A prompt does not fit into the context, or no token may be drawn.
+            InputError: A prompt does not fit into the context, no token may be drawn, or both the
+                caller and a steering say how.
         """
         if settings.max_new_tokens < 1:
             raise InputError(f"max-new-tokens is {settings.max_new_tokens}", expected="at least 1")
+        if steering is not None and (
+            greedy_first or settings != SamplerSettings(max_new_tokens=settings.max_new_tokens)
+        ):
+            raise InputError("settings and a steering both say how tokens are drawn", expected="plain settings")
         openings = list(opening) if opening is not None else [""] * len(prompts)
         leads = [self._opening(o) for o in openings]
         encoded = [
@@ -116,39 +131,44 @@ class LocalCompleter:
             for p, lead in zip(prompts, leads, strict=True)
         ]
         greedy = dataclasses.replace(settings, temperature=0.0, top_k=0, top_p=1.0)
+        limit = settings.max_new_tokens
         jobs = [
             _Job(
                 p,
                 g,
-                _uniforms(seed, prompt.id, g, settings.max_new_tokens),
+                _uniforms(seed, prompt.id, g, limit),
                 greedy if greedy_first and g == 0 else settings,
+                dice=None if steering is None else _uniforms(seed, prompt.id, f"{g} choices", limit),
             )
             for p, prompt in enumerate(prompts)
             for g in range(samples)
         ]
         if jobs:
             release_pages()  # of what was learned or read before; and below, of packed weights and memory
-            self._run(jobs, encoded, samples, settings, progress)
+            self._run(jobs, encoded, samples, settings, progress, steering)
             release_pages()
         table: list[list[Generation]] = [[] for _ in prompts]
         for job in jobs:
-            prompt = prompts[job.prompt]
-            lead = openings[job.prompt]
-            table[job.prompt].append(
-                reply_of(
-                    self.lm,
-                    prompt,
-                    job.sample,
-                    job.tokens,
-                    job.logps,
-                    finished=job.finished,
-                    settings=job.settings,
-                    seed=seed,
-                    version=version,
-                    lead=lead,
-                )
-            )
+            reply = self._reply(job, prompts[job.prompt], openings[job.prompt], seed, version)
+            table[job.prompt].append(reply)
+            if steering is not None:
+                steering.record(reply, torch.tensor(job.actions), torch.stack(job.states))
         return table
+
+    def _reply(self, job: _Job, prompt: Prompt, lead: str, seed: int, version: str) -> Generation:
+        return reply_of(
+            self.lm,
+            prompt,
+            job.sample,
+            job.tokens,
+            job.logps,
+            finished=job.finished,
+            settings=job.settings,
+            seed=seed,
+            version=version,
+            lead=lead,
+            choices=job.actions,
+        )
 
     def _opening(self, text: str) -> tuple[int, ...]:
         return tuple(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
@@ -160,6 +180,7 @@ class LocalCompleter:
         samples: int,
         settings: SamplerSettings,
         progress: Callable[[int], None],
+        steering: Steering | None,
     ) -> None:
         # Longest prompts first: rows that run together then have similar lengths.
         order = sorted(range(len(encoded)), key=lambda p: (-len(encoded[p]), p))
@@ -173,7 +194,7 @@ class LocalCompleter:
         queue: collections.deque[tuple[_Job, _Prefix]] = collections.deque()
         taken = 0
         fast = LlamaStep(self.lm, rows=memory.rows, int8=self.int8) if LlamaStep.serves(self.lm) else None
-        batch = _Batch(self.lm, memory, settings, fast)
+        batch = _Batch(self.lm, memory, settings, fast, steering)
         while queue or packs or batch.jobs:
             while len(batch.jobs) < memory.rows and (queue or packs):
                 if not queue:
@@ -181,6 +202,8 @@ class LocalCompleter:
                     for prefix in self._prefill(fresh, samples):
                         queue.extend((job, prefix) for job in by_prompt[order[taken]])
                         taken += 1
+                    if steering is not None and not steering.per_token:
+                        _choose(steering, [(job, prefix.state_D) for job, prefix in queue])
                 batch.admit(*queue.popleft())
             progress(batch.step())
 
@@ -190,7 +213,7 @@ class LocalCompleter:
             hidden = self.lm.hidden(fresh.tokens_T[None], fresh.position_T[None])[0]
         logits = hidden[list(fresh.prompt_end)] @ self.lm.head_VD.T
         prefixes = []
-        for (start, end), row in zip(fresh.prompt_spans, logits, strict=True):
+        for (start, end), last, row in zip(fresh.prompt_spans, fresh.prompt_end, logits, strict=True):
             layers = {
                 index: (
                     torch.cat([k[:, : fresh.root], k[:, start:end]], 1),
@@ -198,7 +221,7 @@ class LocalCompleter:
                 )
                 for index, (k, v) in plan.captured.items()
             }
-            prefixes.append(_Prefix(fresh.root + end - start, layers, row, samples))
+            prefixes.append(_Prefix(fresh.root + end - start, layers, hidden[last].clone(), row, samples))
         return prefixes
 
 
@@ -214,11 +237,15 @@ def reply_of(
     seed: int,
     version: str,
     lead: str = "",
+    choices: Sequence[int] = (),
 ) -> Generation:
     """The record of a reply that was drawn; its id says what decided it."""
     text = lm.decode(list(tokens))
+    decided: list[object] = [version, seed, prompt.id, prompt.hash, lead, sample, dataclasses.astuple(settings)]
+    if choices:
+        decided.append(list(choices))
     return Generation(
-        id=content_hash([version, seed, prompt.id, prompt.hash, lead, sample, dataclasses.astuple(settings)]),
+        id=content_hash(decided),
         prompt_id=prompt.id,
         sample=sample,
         text=f"{lead} {text}".strip() if lead else text,
@@ -231,7 +258,21 @@ def reply_of(
     )
 
 
-def _uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
+def _choose(steering: Steering, rows: Sequence[tuple[_Job, torch.Tensor]]) -> torch.Tensor:
+    """The lines of the menu that the next tokens of these rows are drawn by; kept in the jobs."""
+    states_BD = torch.stack([state for _, state in rows])
+    dice = [float(job.dice[len(job.actions)]) for job, _ in rows if job.dice is not None]
+    uniform_B = torch.tensor(dice, device=states_BD.device)
+    action_B = steering.choose(states_BD, uniform_B, [job.sample for job, _ in rows])
+    for (job, state), action in zip(rows, action_B.tolist(), strict=True):
+        job.actions.append(action)
+        job.states.append(state)
+        if not steering.per_token:
+            job.settings = steering.menu.settings(action, job.settings.max_new_tokens)
+    return action_B
+
+
+def _uniforms(seed: int, prompt_id: str, sample: int | str, count: int) -> np.ndarray:
     """The numbers that decide one sample, whatever shares its batch."""
     digest = int(content_hash([seed, prompt_id, sample]), 16)
     return np.random.Generator(np.random.Philox(digest)).random(count, dtype=np.float32)
@@ -241,12 +282,17 @@ class _Batch:
     """Rows that decode together. Row i of the key-value memory belongs to `jobs[i]`."""
 
     def __init__(
-        self, lm: LanguageModel, memory: KeyValueMemory, settings: SamplerSettings, fast: LlamaStep | None
+        self,
+        lm: LanguageModel,
+        memory: KeyValueMemory,
+        settings: SamplerSettings,
+        fast: LlamaStep | None,
+        steering: Steering | None,
     ) -> None:
-        self.lm, self.memory, self.settings, self.fast = lm, memory, settings, fast
+        self.lm, self.memory, self.settings, self.fast, self.steering = lm, memory, settings, fast, steering
         self.jobs: list[_Job] = []
         self.lengths: list[int] = []  # tokens already in memory, a row
-        self._fresh: list[tuple[int, torch.Tensor]] = []  # rows whose next logits are known
+        self._fresh: list[_Prefix] = []  # of the last rows, whose next logits are known
 
     def admit(self, job: _Job, prefix: _Prefix) -> None:
         """Give a free row to `job`, starting from its prompt's keys and values."""
@@ -255,27 +301,38 @@ class _Batch:
             self.memory.fill(index, row, k, v)
         self.jobs.append(job)
         self.lengths.append(prefix.length)
-        self._fresh.append((row, prefix.logits_V))
+        self._fresh.append(prefix)
 
     def step(self) -> int:
         """Draw one token in every row; free finished rows. Returns how many finished."""
         old = len(self.jobs) - len(self._fresh)
-        logits = torch.stack([row for _, row in self._fresh]) if self._fresh else None
+        logits = torch.stack([f.logits_V for f in self._fresh]) if self._fresh else None
+        states = [f.state_D for f in self._fresh]
         if old:
-            stepped = self._forward(old)
+            hidden, stepped = self._forward(old)
             logits = stepped if logits is None else torch.cat([stepped, logits])
+            if self.steering is not None:
+                states = [*hidden, *states]
         assert logits is not None
         self._fresh = []
         uniform = torch.tensor([job.uniforms[len(job.tokens)] for job in self.jobs], device=logits.device)
-        tokens, logps = self._draw(logits, uniform)
+        tokens, logps = self._draw(logits, uniform, states)
         for job, token, logp in zip(self.jobs, tokens.tolist(), logps.tolist(), strict=True):
             job.tokens.append(token)
             job.logps.append(logp)
             job.finished = token in self.lm.stop_tokens
         return self._retire()
 
-    def _draw(self, logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """One token a row, each by its own job's settings."""
+    def _draw(
+        self, logits: torch.Tensor, uniform: torch.Tensor, states: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token a row, each by its own job's settings, or as it is steered."""
+        if self.steering is not None:
+            if self.steering.per_token:
+                chosen = _choose(self.steering, list(zip(self.jobs, states, strict=True)))
+            else:
+                chosen = torch.tensor([job.actions[0] for job in self.jobs], device=logits.device)
+            return draw_rows(logits, uniform, self.steering.menu, chosen)
         tokens = torch.empty(len(self.jobs), dtype=torch.long, device=logits.device)
         logps = torch.empty(len(self.jobs), device=logits.device)
         for how in dict.fromkeys(job.settings for job in self.jobs):
@@ -285,8 +342,8 @@ class _Batch:
             tokens[rows], logps[rows] = draw(logits[rows], uniform[rows], how)
         return tokens, logps
 
-    def _forward(self, count: int) -> torch.Tensor:
-        """Logits of the first `count` rows after the token each of them drew last."""
+    def _forward(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last states and logits of the first `count` rows after the token each of them drew last."""
         device = self.lm.device
         lengths = torch.tensor(self.lengths[:count], device=device)
         last = torch.tensor([job.tokens[-1] for job in self.jobs[:count]], device=device)
@@ -294,10 +351,11 @@ class _Batch:
         for row in range(count):
             self.lengths[row] += 1
         if self.fast is not None:
-            return self.fast(last, lengths, self.memory, reach)
+            hidden = self.fast.hidden(last, lengths, self.memory, reach)
+            return hidden, self.fast.head(hidden)
         with attention_plan(AttentionPlan(memory=self.memory, slots_B=lengths, reach=reach)):
             hidden = self.lm.hidden(last[:, None], lengths[:, None])[:, 0]
-        return hidden @ self.lm.head_VD.T
+        return hidden, hidden @ self.lm.head_VD.T
 
     def _retire(self) -> int:
         limit = self.settings.max_new_tokens

@@ -3,17 +3,72 @@
 A token is drawn by inverting the cumulative distribution at one uniform number per row: no noise over
 the vocabulary is needed, and a row's text depends on its own numbers only, not on which other rows
 share the batch.
+
+Rows may also be drawn each by its own line of a `Menu`: that is what a controller chooses from.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 from tutelage.errors import ModelError
-from tutelage.records import SamplerSettings
+from tutelage.records import Generation, SamplerSettings
 
-__all__ = ["draw", "shape_logits"]
+__all__ = ["Menu", "Steering", "draw", "draw_rows", "shape_logits", "shape_rows"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Menu:
+    """A settings that a row may be drawn by.
+
+    Args:
+        temperature_A: 0 is greedy, and then `top_k_A` says nothing.
+        top_k_A: 0 is off.
+        mask_A: Row of `barred_MV`.
+        barred_MV: True where a mask bars a token; the first row bars none.
+    """
+
+    temperature_A: torch.Tensor
+    top_k_A: torch.Tensor
+    mask_A: torch.Tensor
+    barred_MV: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.temperature_A)
+
+    def settings(self, action: int, max_new_tokens: int) -> SamplerSettings:
+        """One line as the record that a reply keeps; the mask is not in it."""
+        temperature, top_k = float(self.temperature_A[action]), int(self.top_k_A[action])
+        return SamplerSettings(round(temperature, 6), top_k, max_new_tokens=max_new_tokens)
+
+
+class Steering(Protocol):
+    """Chooses from a menu how rows are drawn, by what the model's last hidden states say."""
+
+    @property
+    def menu(self) -> Menu:
+        """What is chosen from."""
+
+    @property
+    def per_token(self) -> bool:
+        """Choose at every token; else once, before a reply's first token."""
+
+    def choose(self, states_BD: torch.Tensor, uniform_B: torch.Tensor, sample_B: Sequence[int]) -> torch.Tensor:
+        """One line of the menu a row, int64.
+
+        Args:
+            states_BD: Last hidden states, those that the next token's logits are made of.
+            uniform_B: A number in [0, 1) a row, that row's own whatever shares its batch.
+            sample_B: Which of its prompt's replies each row is.
+        """
+
+    def record(self, reply: Generation, actions_T: torch.Tensor, states_TD: torch.Tensor) -> None:
+        """Called once a reply, in order, with each choice and the state it was made on; T is 1 once a reply."""
 
 
 def shape_logits(logits_BV: torch.Tensor, settings: SamplerSettings) -> torch.Tensor:
@@ -65,6 +120,10 @@ def draw(
         _draw(*rows, settings)
         for rows in zip(torch.split(logits_BV, _ROWS), torch.split(uniform_B, _ROWS), strict=True)
     ]
+    return _checked(parts)
+
+
+def _checked(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     tokens_B, logp_B = (torch.cat(x) for x in zip(*parts, strict=True))
     if not bool(torch.isfinite(logp_B).all()):
         raise ModelError(
@@ -86,8 +145,12 @@ def _draw(
     top_B1 = logits_BV.amax(-1, keepdim=True)
     mass_BV = (logits_BV - top_B1).exp_()
     tokens_B = logits_BV.argmax(-1) if greedy else _invert(mass_BV, uniform_B)
+    return tokens_B, _logp(logits_BV, tokens_B, top_B1, mass_BV)
+
+
+def _logp(logits_BV: torch.Tensor, tokens_B: torch.Tensor, top_B1: torch.Tensor, mass_BV: torch.Tensor) -> torch.Tensor:
     chosen_B1 = logits_BV.gather(-1, tokens_B[:, None])
-    return tokens_B, (chosen_B1 - top_B1 - mass_BV.sum(-1, keepdim=True).log())[:, 0]
+    return (chosen_B1 - top_B1 - mass_BV.sum(-1, keepdim=True).log())[:, 0]
 
 
 _BLOCK = 256
@@ -111,3 +174,60 @@ def _invert(mass_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     rest_B1 = rest_B1.clamp_(min=0.0).minimum(inside_BK[:, -1:] * (1.0 - 1e-6))
     # The bound matters only where a mass is not a number; the caller then refuses the draw.
     return (block_B1 * _BLOCK + torch.searchsorted(inside_BK, rest_B1, right=True))[:, 0].clamp_(max=size - 1)
+
+
+def shape_rows(logits_BV: torch.Tensor, menu: Menu, action_B: torch.Tensor) -> torch.Tensor:
+    """What `shape_logits` does, each row by its own line of the menu; masks come first.
+
+    A greedy row is masked and otherwise left as it is: its token is the most likely one, and the
+    log-probability that is recorded is the untempered one. The choice is the action there, not the token.
+
+    Returns:
+        float32 logits, -inf where a token cannot be drawn; softmax gives what is drawn from.
+    """
+    logits = logits_BV.float()
+    mask_B, tau_B, k_B = menu.mask_A[action_B], menu.temperature_A[action_B], menu.top_k_A[action_B]
+    greedy_B = tau_B == 0.0
+    masked = mask_B.nonzero()[:, 0]
+    if len(masked):
+        logits = logits.clone() if logits is logits_BV else logits
+        logits[masked] = logits[masked].masked_fill(menu.barred_MV[mask_B[masked]], float("-inf"))
+    tau_B = torch.where(greedy_B, 1.0, tau_B)
+    if bool((tau_B != 1.0).any()):
+        logits = logits / tau_B[:, None]
+    cut = ((k_B > 0) & ~greedy_B).nonzero()[:, 0]
+    if len(cut):
+        logits = logits.clone() if logits is logits_BV else logits
+        k_N1 = k_B[cut, None].clamp(max=logits.shape[-1])
+        rows = logits[cut]
+        least_N1 = rows.topk(int(k_N1.max()), dim=-1).values.gather(1, k_N1 - 1)
+        logits[cut] = rows.masked_fill(rows < least_N1, float("-inf"))
+    return logits
+
+
+def draw_rows(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, menu: Menu, action_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw`, each row by its own line of the menu.
+
+    Raises:
+        ModelError: A logit is not a number.
+    """
+    logits, uniform, action = (torch.split(x, _ROWS) for x in (logits_BV, uniform_B, action_B))
+    return _checked([_draw_rows(*rows, menu) for rows in zip(logits, uniform, action, strict=True)])
+
+
+def _draw_rows(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, action_B: torch.Tensor, menu: Menu
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits_BV = shape_rows(logits_BV, menu, action_B)
+    greedy_B = menu.temperature_A[action_B] == 0.0
+    top_B1 = logits_BV.amax(-1, keepdim=True)
+    mass_BV = (logits_BV - top_B1).exp_()
+    if bool(greedy_B.all()):
+        tokens_B = logits_BV.argmax(-1)
+    else:
+        tokens_B = _invert(mass_BV, uniform_B)
+        if bool(greedy_B.any()):
+            tokens_B[greedy_B] = logits_BV[greedy_B].argmax(-1)
+    return tokens_B, _logp(logits_BV, tokens_B, top_B1, mass_BV)
