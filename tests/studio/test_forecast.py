@@ -161,3 +161,21 @@ def test_a_real_model_is_measured(full: bool, tiny_dirs: dict[str, Path]) -> Non
 def test_whole_matrices_take_more_memory(tiny_dirs: dict[str, Path]) -> None:
     one, whole = (forecast(recipe(tiny_dirs["llama"], lora={"full": full})) for full in (False, True))
     assert whole["estimated_memory_bytes"] > one["estimated_memory_bytes"]
+
+
+def test_a_controllers_run_is_counted_by_its_own_section(tiny_dirs: dict[str, Path]) -> None:
+    section: dict[str, Any] = {
+        "enabled": True, "temperatures": (0.0, 0.5, 1.0), "top_k": (0, 9), "masks": ("no-a=a",), "grid_prompts": 7,
+        "grid_samples": 2, "rounds": 3, "prompts": 16, "samples": 4, "batch": 6, "epochs": 5, "measure_samples": 2,
+    }  # fmt: skip
+    found = forecast(recipe(tiny_dirs["llama"], controller=section, supervised={"enabled": False}))
+    settings = (1 + 2 * 2) * 2  # greedy has no top-k; each with the mask and without
+    assert found["replies_judged"] == 7 * settings * 2 + 3 * 16 * 4 + 2 * 2 * (20 + 30)
+    assert (found["rounds"], found["optimiser_steps"], found["warnings"]) == (3, 3 * 5 * 3, [])
+    assert set(found["estimated_seconds_by_unit"]) == {"grid", "rounds", "final"}
+    longer = forecast(recipe(tiny_dirs["llama"], controller=section | {"grid_prompts": 0}))
+    by_unit = [f["estimated_seconds_by_unit"] for f in (found, longer)]
+    assert by_unit[0]["grid"] < by_unit[1]["grid"]
+    assert by_unit[0]["rounds"] == by_unit[1]["rounds"]
+    plain = forecast(recipe(tiny_dirs["llama"]))
+    assert found["estimated_memory_bytes"] < plain["estimated_memory_bytes"]

@@ -70,10 +70,15 @@ class Controller(Section):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Controller:
-        warm = sum(t > 0 for t in self.temperatures) * len(self.top_k)
-        if (warm + (0.0 in self.temperatures)) * (1 + len(self.masks)) < 2:
+        if self.choices < 2:
             raise ValueError("temperatures, top_k and masks leave a single setting: there is nothing to choose")
         return self
+
+    @property
+    def choices(self) -> int:
+        """Distinct settings: a greedy draw has no use for top-k."""
+        warm = sum(t > 0 for t in self.temperatures) * len(self.top_k)
+        return (warm + (0.0 in self.temperatures)) * (1 + len(self.masks))
 
     @property
     def patterns(self) -> tuple[tuple[str, str], ...]:

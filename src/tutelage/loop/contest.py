@@ -118,6 +118,7 @@ def extra_time(control: Control, prompts: Sequence[Prompt], *, repeats: int = 3)
     pinned = _Pinned(Steered(control.controller, control.menu), action)
     times: dict[str, list[float]] = {"plain": [], "steered": []}
     spent, tokens = [], 0
+    control.bench.progress.stage("time of choosing", repeats * len(prompts) * 4, "replies")
     for _ in range(repeats):
         began = time.perf_counter()
         replies = control.bench.completer.generate(prompts, samples=4, settings=plain, seed=0, version="time")

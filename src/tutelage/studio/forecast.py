@@ -39,6 +39,16 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     prompts = min(u.prompts, len(train))
     looked = len(train) * s.samples if s.enabled and not s.adapter else 0
     rolled = u.rounds * prompts * u.samples
+    rounds, steps = (
+        u.rounds,
+        (-(-len(train) // s.batch) * s.epochs if s.enabled else 0) + u.rounds * -(-prompts // u.batch),
+    )
+    c = recipe.controller
+    if c.enabled:
+        prompts = min(c.prompts, len(train))
+        looked = min(c.grid_prompts or len(train), len(train)) * c.choices * c.grid_samples
+        rolled = c.rounds * prompts * c.samples + 2 * c.measure_samples * (len(gate) + len(heldout))
+        rounds, steps = c.rounds, c.rounds * c.epochs * -(-prompts // c.batch)
     every = [*train, *(item.prompt for item in (*gate, *heldout))]
     speeds = measure(recipe, every[:: max(1, len(every) // 200)])
     labels = len(labelled(recipe)[0])
@@ -56,9 +66,8 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
         "principles": len(constitution.principles),
         "judges": list(recipe.feedback.judges),
         "replies_judged": looked + rolled,
-        "rounds": u.rounds,
-        "optimiser_steps": (-(-len(train) // s.batch) * s.epochs if s.enabled else 0)
-        + u.rounds * -(-prompts // u.batch),
+        "rounds": rounds,
+        "optimiser_steps": steps,
         "estimated_seconds": round(sum(seconds.values())),
         "estimated_seconds_by_unit": {k: round(v, 1) for k, v in seconds.items()},
         "estimated_seconds_first_time": round(critic),  # besides: a trained critic is kept
@@ -70,6 +79,8 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
 
 def _seconds(work: _Work, *, train: int, gate: int, heldout: int) -> dict[str, float]:
     """Seconds by the units of a run."""
+    if work.recipe.controller.enabled:
+        return _seconds_of_a_controller(work, train=train, measured=gate + heldout)
     recipe, own = work.recipe, work.speeds.prompt
     s, u = recipe.supervised, recipe.update
     fresh, taught = (_LENGTH[k] * recipe.sampling.max_new_tokens for k in ("start", "taught"))
@@ -86,6 +97,22 @@ def _seconds(work: _Work, *, train: int, gate: int, heldout: int) -> dict[str, f
     final = work.generate(gate + heldout, 1, taught) + work.generate(heldout, 1, fresh)
     found = {"start": start, "supervised": supervised, "rounds": u.rounds * one, "final": final}
     return {unit: value for unit, value in found.items() if value}
+
+
+def _seconds_of_a_controller(work: _Work, *, train: int, measured: int) -> dict[str, float]:
+    """The same where the model stays frozen; the steps of the network itself take no time worth counting."""
+    c, length = work.recipe.controller, _LENGTH["start"] * work.recipe.sampling.max_new_tokens
+
+    def judged(prompts: int, samples: int) -> float:
+        return work.generate(prompts, samples, length) + prompts * samples * _SECONDS_A_VERDICT
+
+    looked = min(c.grid_prompts or train, train)
+    read = work.forward((train + measured) * work.speeds.prompt)
+    return {
+        "grid": _START + judged(looked, c.choices * c.grid_samples) + read,
+        "rounds": c.rounds * judged(min(c.prompts, train), c.samples),
+        "final": 2 * judged(measured, c.measure_samples),
+    }
 
 
 class _Work:
@@ -126,7 +153,7 @@ def _warnings(recipe: Recipe, memory: float) -> list[str]:
         found.append(f"memory may reach {memory / 1e9:.1f} GB, above limits.memory_gb = {recipe.limits.memory_gb}")
     if not recipe.gate.enabled:
         found.append("the gate is off: nothing will be promoted")
-    if not recipe.supervised.enabled:
+    if not recipe.supervised.enabled and not recipe.controller.enabled:
         found.append("without the supervised stage, replies that are never sampled cannot be learned")
     return found
 
@@ -175,7 +202,8 @@ def _memory(shape: dict[str, float], recipe: Recipe, speeds: Speeds) -> float:
     rows = recipe.sampling.rows
     packed = width * shape["parameters"] if width == 2 else 0.0
     sampling = packed + rows * width * (shape["memory"] * reach + 2 * shape["vocab"])
-    activations = _KEPT * recipe.update.token_budget * width * learned * shape["kept"]
+    trained = 0.0 if recipe.controller.enabled else learned
+    activations = _KEPT * recipe.update.token_budget * width * trained * shape["kept"]
     return _PROGRAM + weights + max(sampling, activations + 2 * 256 * shape["vocab"] * width)
 
 

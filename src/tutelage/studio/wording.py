@@ -42,6 +42,9 @@ METRICS: Mapping[str, Metric] = {
     "abstained_answerable": Metric("Withheld an answer to an answerable question", -1, "share of answerable questions"),
     "asked_back_ambiguous": Metric("Asked back where the question was unclear", +1, "share of ambiguous questions"),
     "accuracy_answered": Metric("Right when it does answer", +1, "share of the answerable questions it answered"),
+    "reward": Metric(
+        "Reward", +1, "mean over prompts, by the run's own judges; 100% is a standard deviation within a group"
+    ),
     "abstained_known": Metric(
         "Lost to caution", -1, "share of what the start model had right; 0 before, by definition"
     ),
