@@ -151,10 +151,11 @@ def choice_gradient(
     phi_PCK = np.where(there_PC[..., None], phi_PCK, 0.0)
     logp_PC = log_softmax(np.where(there_PC, phi_PCK @ weights_K, -np.inf), axis=1)
     total_P, p_PC = share_PC.sum(1), np.exp(logp_PC)
-    model_PK = np.einsum("pc,pck->pk", p_PC, phi_PCK)
-    slope_K = np.einsum("pc,pck->k", share_PC, phi_PCK) - total_P @ model_PK
-    centred_PCK = phi_PCK - model_PK[:, None, :]
-    curvature_KK = np.einsum("p,pc,pck,pcl->kl", total_P, p_PC, centred_PCK, centred_PCK, optimize=True)
+    model_PK = (p_PC[:, None, :] @ phi_PCK)[:, 0]
+    features = phi_PCK.shape[2]
+    slope_K = (share_PC - total_P[:, None] * p_PC).ravel() @ phi_PCK.reshape(-1, features)
+    centred_NK = (phi_PCK - model_PK[:, None, :]).reshape(-1, features)
+    curvature_KK = (centred_NK.T * (total_P[:, None] * p_PC).ravel()) @ centred_NK
     return float((share_PC * np.where(there_PC, logp_PC, 0.0)).sum()), slope_K, curvature_KK
 
 
