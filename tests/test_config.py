@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tutelage.config import Recipe, all_keys, builtin_recipes, data_file, load_recipe
+from tutelage.config import OBJECTIVES, Recipe, all_keys, builtin_recipes, data_file, load_recipe
 from tutelage.errors import RecipeError
 
 
@@ -48,8 +48,11 @@ FIELDS = dict(fields())
 def other_value(key: str) -> str:
     """A valid value, as TOML, that is not the default."""
     field, default = FIELDS[key], all_keys()[key]
-    kinds = typing.get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
+    optional = typing.get_origin(field.annotation) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(field.annotation) if optional else (field.annotation,)
     kind = next(k for k in kinds if k is not type(None))
+    if typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is typing.Literal:
         return f'"{next(c for c in typing.get_args(kind) if c != default)}"'
     if key == "judges":
@@ -66,6 +69,15 @@ def other_value(key: str) -> str:
     return '"another"'
 
 
+def needed(key: str) -> list[str]:
+    """What must be set for a key to be accepted: an option belongs to the objectives that read it."""
+    section, _, option = key.partition(".")
+    if section != "objective":
+        return []
+    name = next(name for name, kind in OBJECTIVES.items() if option in kind.options)
+    return [f"update.objective={name}", *(["objective.baseline=moving"] if option == "decay" else [])]
+
+
 def test_all_keys_are_all_keys() -> None:
     assert set(all_keys()) == set(FIELDS)
 
@@ -73,7 +85,7 @@ def test_all_keys_are_all_keys() -> None:
 @pytest.mark.parametrize("key", FIELDS)
 def test_every_key_is_documented_and_can_be_overridden(key: str, empty: Path) -> None:
     assert FIELDS[key].description
-    changed = load_recipe(empty, [f"{key}={other_value(key)}"])
+    changed = load_recipe(empty, [*needed(key), f"{key}={other_value(key)}"])
     value: Any = changed
     for part in key.split("."):
         value = getattr(value, part)

@@ -31,7 +31,7 @@ def group(returns: tuple[tuple[float, ...], ...]) -> TrainGroup:
     return TrainGroup((5, 6, 7), TOKENS, none, olds, olds, (), none, returns)
 
 
-WANTED = ((1.0, 2.0, 3.0), (-1.0, 0.5))
+WANTED = ((1.0, 2.0, 3.0), (1.0, 0.5))  # the first token of both is foreseen from one state
 
 
 def made(load: Callable[[str], Any], **more: Any) -> tuple[Any, Any, ValueHead, Learner]:
@@ -71,7 +71,7 @@ def test_the_head_learns_returns_and_teaches_the_states_nothing(load_tiny: Calla
     rows = [Group((5, 6, 7), TOKENS, (0, 1))]
     read = score(lm, rows, budget=64, values=head).value_BT
     assert read is not None
-    assert torch.allclose(read, torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 0.0]]), atol=0.5)
+    assert torch.allclose(read, torch.tensor([[1.0, 2.0, 3.0], [1.0, 0.5, 0.0]]), atol=0.3)
     assert score(lm, rows, budget=64).value_BT is None
 
 
