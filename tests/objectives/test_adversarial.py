@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
@@ -135,6 +135,7 @@ def test_rewards_by_hand() -> None:
     assert gail_reward(logit, clip=1.0).tolist() == pytest.approx([1.0, math.log(4 / 3), math.log(2)])
 
 
+@settings(max_examples=30)
 @given(logit=st.floats(-30, 30))
 def test_airl_is_the_difference_of_two_gail_rewards(logit: float) -> None:
     x = torch.tensor([logit], dtype=torch.float64)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -158,6 +158,7 @@ def pid(limit: float, ki: float = 0.2, kp: float = 4.0, kd: float = 1.0, maximum
     return PidMultiplier(limit, kp, ki, kd, maximum)
 
 
+@settings(max_examples=40)
 @given(value=st.floats(0.0, 20.0), seed=st.integers(0, 99))
 def test_one_cost_is_mixed_to_the_bit_as_before(value: float, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -345,6 +346,7 @@ def test_tails_by_hand() -> None:
         cvar(cost, level=1.0)
 
 
+@settings(max_examples=40)
 @given(costs=st.lists(st.floats(-5, 5), min_size=1, max_size=15), level=st.floats(0.0, 0.98))
 def test_cvar_is_the_minimum_it_is_defined_by(costs: list[float], level: float) -> None:
     """Against min over t of t + E max(0, C - t) / (1 - level), tried at every cost."""

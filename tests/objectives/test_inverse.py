@@ -120,7 +120,7 @@ def soft_optimal() -> np.ndarray:
 
 
 def demonstrations(
-    count: int = 600, longest: int = 40
+    count: int = 300, longest: int = 30
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(states_BT, actions_BT, keep_BT, ended_B) of the soft-optimal demonstrator, from every state in turn."""
     random, q_SA = np.random.default_rng(0), soft_optimal()
