@@ -236,8 +236,7 @@ def parse(words: list[str]) -> None:
     if len(words) == 1 and words[0] in set(app):
         return
     app.parse_args(words, exit_on_error=False, print_error=False)
-    for setting in (b for a, b in itertools.pairwise(words) if a == "--set"):
-        load_recipe("honesty", [setting])
+    load_recipe("honesty", [b for a, b in itertools.pairwise(words) if a == "--set"])
 
 
 def test_commands_are_found_and_wrong_ones_seen() -> None:
