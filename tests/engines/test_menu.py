@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
@@ -16,12 +16,12 @@ from tutelage.errors import ModelError
 from tutelage.records import SamplerSettings
 
 
-def menu(*settings: tuple[float, int, int], barred: list[list[int]] | None = None, size: int = 4) -> Menu:
+def menu(*lines: tuple[float, int, int], barred: list[list[int]] | None = None, size: int = 4) -> Menu:
     """Lines (temperature, top-k, mask); mask n > 0 bars the n-th list of tokens."""
     table = torch.zeros(1 + len(barred or []), size, dtype=torch.bool)
     for row, tokens in enumerate(barred or [], 1):
         table[row, tokens] = True
-    t, k, m = zip(*settings, strict=True)
+    t, k, m = zip(*lines, strict=True)
     return Menu(torch.tensor(t, dtype=torch.float32), torch.tensor(k), torch.tensor(m), table)
 
 
@@ -45,6 +45,7 @@ def test_a_row_by_hand() -> None:
 LINES = [(0.0, 0), (0.3, 0), (1.0, 0), (1.0, 3), (0.7, 5), (2.5, 1), (1.0, 99)]
 
 
+@settings(max_examples=30)
 @given(rows=st.lists(st.integers(0, len(LINES) - 1), min_size=1, max_size=40), seed=st.integers(0, 10**6))
 def test_each_row_is_drawn_as_if_its_setting_were_everybodys(rows: list[int], seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -56,14 +57,15 @@ def test_each_row_is_drawn_as_if_its_setting_were_everybodys(rows: list[int], se
     shaped = shape_rows(logits, lines, actions)
     assert torch.equal(logits, before)  # nothing is changed in place
     for row, (t, k) in enumerate(LINES[a] for a in rows):
-        settings = SamplerSettings(t, k)
-        alone, alone_logp = draw(logits[row : row + 1], uniform[row : row + 1], settings)
+        one = SamplerSettings(t, k)
+        alone, alone_logp = draw(logits[row : row + 1], uniform[row : row + 1], one)
         assert int(alone) == int(tokens[row])
         assert abs(float(alone_logp) - float(logp[row])) < 1e-5
         if t:
-            assert torch.allclose(shaped[row], shape_logits(logits[row : row + 1], settings)[0], atol=1e-5)
+            assert torch.allclose(shaped[row], shape_logits(logits[row : row + 1], one)[0], atol=1e-5)
 
 
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 10**6),
     barred=st.lists(st.integers(0, 11), min_size=1, max_size=11, unique=True),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.objectives.controlling import ActionGradient, LatentPreference
@@ -118,6 +118,7 @@ def test_a_frozen_head_is_taken_off() -> None:
     assert float(objective(better, worse, differ).value) == pytest.approx(math.log1p(math.exp(-11.7)), abs=1e-6)
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.floats(-8, 0), st.floats(-8, 0), st.booleans()), min_size=1, max_size=6),
     st.floats(0.1, 4.0),
