@@ -17,6 +17,7 @@ from tutelage.config.objectives import Objective as Options
 from tutelage.config.objectives import ObjectiveName
 from tutelage.loop.bench import Silent
 from tutelage.loop.choice import TABLE, choose
+from tutelage.loop.preferring import prefer
 from tutelage.loop.stages import advantages, rescore, teaching, update
 from tutelage.objectives.policy_gradient import Grpo, Rloo
 from tutelage.policy.learner import Learner, score
@@ -48,6 +49,25 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "value_learning_rate": (0.5, {}),
     "discount": (0.3, {}),
     "lam": (0.1, {}),
+    "pairs": ("all", {}),
+    "pair_temperature": (0.0, {}),
+    "pair_tie": (1.5, {}),  # leaves out one pair of the second round
+    "beta": (3.0, {}),
+    "mode": ("improve", {}),
+    "smoothing": (0.3, {}),
+    "sft": (2.0, {}),
+    "flip": (0.4, {}),
+    "gamma": (9.0, {}),
+    "weight": (5.0, {}),
+    "desirable": (4.0, {}),
+    "undesirable": (0.0, {}),
+}
+
+# Where an objective measures something else by that name: a margin, a single reply's lead.
+OWN: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {
+    ("robust-dpo", "cap"): (0.01, {}),
+    ("kto", "pair_tie"): (1.0, {}),
+    ("reinforce-plus-plus", "baseline"): ("group", {}),
 }
 
 
@@ -63,7 +83,8 @@ def test_the_defaults_are_what_they_were() -> None:
 
 
 def recipe(name: str, **options: Any) -> Recipe:
-    more = {"learning_rate": 0.05, "batch": 1, "kl": 0.3, **({"clip": 0.3} if OBJECTIVES[name].clips else {})}  # type: ignore[index]
+    kind = OBJECTIVES[name]  # type: ignore[index]
+    more = {"learning_rate": 0.05, "batch": 1, **({"clip": 0.3} if kind.clips else {}), **({"kl": 0.3} if kind.charges else {})}  # fmt: skip
     return Recipe.model_validate(
         {"update": {"objective": name, **(more if options.pop("fast", False) else {})}, "objective": options,
          "constraint": {"enabled": False}, "sampling": {"max_new_tokens": 8}}
@@ -102,19 +123,23 @@ def stage(load_tiny: Callable[[str], Any]) -> Callable[[Recipe], dict[str, torch
 
         bench: Any = SimpleNamespace(
             recipe=recipe, choice=choice, values=values, baselines={}, learner=learner, progress=Silent(),
-            encode=lambda prompt: prompt, scores=scores,
+            encode=lambda prompt: prompt, scores=scores, lm=lm, adapter=adapter,
         )  # fmt: skip
         unit: Any = SimpleNamespace(metrics=lambda *_: None)
         first = scores(prompts, [[SimpleNamespace(tokens=t) for t in g] for g in REPLIES])
         logps = [first.logp_BT[b][first.keep_BT[b] > 0].tolist() for b in range(6)]
         rows = iter(logps)
         replies: Any = [
-            [SimpleNamespace(tokens=t, finished=len(t) < 8, logps=next(rows)) for t in group] for group in REPLIES
+            [SimpleNamespace(tokens=t, text=str(t), finished=len(t) < 8, logps=next(rows)) for t in group]
+            for group in REPLIES
         ]
         for number, totals in enumerate(REWARDS):
             rewards: Any = [[SimpleNamespace(total=x) for x in group] for group in totals]
             drawn = rescore(bench, prompts, replies, unit, number)  # type: ignore[arg-type]
             found = advantages(bench, rewards, replies, first, drawn)
+            if choice.family == "preference":
+                prefer(bench, prompts, replies, rewards, found, first, unit, number)  # type: ignore[arg-type]
+                continue
             trains = teaching(bench, rewards, replies, found)
             credit = found.flatten()[:, None] * first.keep_BT / first.keep_BT.sum(-1, keepdim=True)
             update(bench, prompts, replies, first, drawn, credit, trains, unit, number)  # type: ignore[arg-type]
@@ -130,9 +155,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize(("name", "key"), OPTIONS)
 def test_every_option_changes_what_is_learned(name: str, key: str, stage: Any, plays: dict[str, Any]) -> None:
-    value, needed = OTHER[key]
+    value, needed = OWN.get((name, key), OTHER[key])
     base = recipe(name, fast=True, **needed)
-    changed = recipe(name, fast=True, **needed, **{key: "group" if (name, key) == ("reinforce-plus-plus", "baseline") else value})  # fmt: skip
+    changed = recipe(name, fast=True, **needed, **{key: value})
     if base.hash not in plays:
         plays[base.hash] = stage(base)
     assert all(torch.isfinite(v).all() for v in plays[base.hash].values())
@@ -165,7 +190,7 @@ def test_an_option_that_is_not_read_is_refused(name: str) -> None:
         if key not in OBJECTIVES[name].options:
             with pytest.raises(
                 ValueError,
-                match=rf"objective\.{key} is not read by update\.objective = {name}, which reads objective\.kl",
+                match=rf"objective\.{key} is not read by update\.objective = {name}, which reads objective\.",
             ):
                 recipe(name, **{key: value})
 
