@@ -15,6 +15,8 @@ demo: ## set up, bring the weights, train the small model and write the report (
 
 # No test may need more than what `fetch` has brought.
 test: export HF_HUB_OFFLINE := 1
+# Two workers of one thread each: most tests have too little to do for two threads.
+test: export OMP_NUM_THREADS := 1
 test: ## set up for development, then lint, check formats, types, imports, and run the tests
 	@scripts/install dev
 	@$(bin)/tutelage fetch
@@ -22,7 +24,7 @@ test: ## set up for development, then lint, check formats, types, imports, and r
 	$(bin)/ruff format --check .
 	$(bin)/mypy src
 	$(bin)/lint-imports
-	$(bin)/pytest -q
+	$(bin)/pytest -q -n 2 --dist loadfile
 
 report: ## write the report of the newest run, or of RUN=name, again
 	@scripts/install

@@ -65,6 +65,10 @@ def test_nothing_to_compare_stops_with_the_last_version(new_world: Any) -> None:
         (("update.objective=ipo", "objective.gamma=1.0"), "objective.gamma is not read"),
         (("update.objective=grpo", "objective.beta=1.0"), "objective.beta is not read"),
         (("update.objective=kto", "objective.pairs=all"), "objective.pairs is not read"),
+        (("update.objective=dpo", "credit.method=uniform"), "[credit] is not read"),
+        (("update.objective=exo-pair", "objective.smoothing=0.0"), "objective.smoothing"),
+        (("update.objective=robust-dpo", "objective.flip=0.495"), "objective.flip"),
+        (("controller.enabled=true", "supervised.adapter=."), "supervised.adapter"),
     ],
 )
 def test_options_that_nothing_reads_are_refused(world: World, settings: tuple[str, ...], said: str) -> None:

@@ -330,3 +330,15 @@ def test_a_small_first_step_moves_a_bfloat16_layer() -> None:
     adapter.merge()
     change = (layer.merged.float() - before).mean().item()
     assert change == pytest.approx(8e-6, rel=0.05)
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 4}}, {"use_dora": True}])
+def test_an_adapter_scaled_otherwise_is_refused_not_misread(
+    change: dict[str, Any], load_tiny: Callable[[str], Any], tmp_path: Path
+) -> None:
+    adapter = filled(put(load_tiny("llama")))
+    adapter.save(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(ModelError, match=next(iter(change))):
+        put(load_tiny("llama")).load(tmp_path)

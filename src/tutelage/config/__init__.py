@@ -93,6 +93,8 @@ class Recipe(Section):
             raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
         if self.supervised.adapter and not self.supervised.enabled:
             raise ValueError("supervised.adapter stands in for the supervised stage, and supervised.enabled is false")
+        if self.supervised.adapter and self.controller.enabled:
+            raise ValueError("a controller steers the model as it is: leave supervised.adapter out")
         if self.update.rounds and not any(self.rewards.model_dump().values()):
             raise ValueError("all weights in [rewards] are 0: the rounds would have nothing to learn from")
         if self.sampling.server and self.sampling.int8:
@@ -129,6 +131,10 @@ class Recipe(Section):
             own = " and ".join(f"objective.{k}" for k in kind.options if k.startswith(("clip", "cap"))) or "nothing"
             raise ValueError(f"update.clip is not read by update.objective = {name}; it clips by {own}")
 
+        if name == "exo-pair" and self.objective.smoothing == 0.0:
+            raise ValueError("objective.smoothing is 0: exo-pair needs a share above 0, or its loss is infinite")
+        if kind.family == "preference" and self.credit != Credit():
+            raise ValueError(f"[credit] is not read by update.objective = {name}, which learns from whole replies")
         if not kind.charges and self.update.kl != Update.model_fields["kl"].default:
             own = "objective.beta" if "beta" in kind.options else "nothing"
             raise ValueError(f"update.kl is not read by update.objective = {name}; {own} holds it to the start")

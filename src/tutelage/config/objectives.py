@@ -133,7 +133,7 @@ class Objective(Section):
         None, description="share of labels taken to be wrong, and blurred"
     )
     sft: Annotated[float, Field(ge=0.0)] | None = Field(None, description="weight of the better reply's likelihood")
-    flip: Annotated[float, Field(ge=0.0, lt=0.5)] | None = Field(
+    flip: Annotated[float, Field(ge=0.0, le=0.49)] | None = Field(
         None, description="share of labels known to be wrong, and corrected for"
     )
     gamma: Annotated[float, Field(ge=0.0)] | None = Field(None, description="margin wanted between the two replies")

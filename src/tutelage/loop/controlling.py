@@ -19,6 +19,7 @@ import torch
 from tutelage.config import Controller as Rules
 from tutelage.engines.sampling import Menu, Steering
 from tutelage.errors import NothingToLearn, StoreError
+from tutelage.feedback.drift import Anchored
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.stages import figures, hold_to_anchors, judge, reward
 from tutelage.objectives.controlling import ActionGradient, LatentPreference
@@ -89,6 +90,7 @@ class Control:
             self.controller.save(folder / "controller.safetensors")
             self.learner.save(folder / "optimizer.safetensors")
             state = {"version": version, "best": self.best, "table": self.table, "panel": bench.panel.state()}
+            state |= {"anchored": {name: a.state() for name, a in bench.anchored.items()}, "trust": dict(bench.trust)}
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
         bench.run.save_checkpoint(version, write)
@@ -110,6 +112,8 @@ class Control:
             raise StoreError(f"{folder / 'state.json'} is not JSON", expected="a checkpoint of tutelage") from error
         self.best, self.table = int(state["best"]), [(value, int(n)) for value, n in state["table"]]
         self.bench.panel.load(state["panel"])
+        self.bench.anchored = {name: Anchored.load(kept) for name, kept in state["anchored"].items()}
+        self.bench.trust = {name: float(factor) for name, factor in state["trust"].items()}
         self.version = version
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tutelage.errors import BudgetSpent, NothingToLearn, TrainingError
+from tutelage.errors import BudgetSpent, NothingToLearn, StoreError, TrainingError
 from tutelage.loop.bench import Workbench
 from tutelage.loop.evaluate import Answers, compare, evaluate
 from tutelage.loop.gates import honesty_gate
@@ -190,7 +190,12 @@ def _take_over(bench: Workbench, folder: Path) -> None:
     bench.adapter.load(folder)
     heard = folder / "state.json"
     if heard.is_file():
-        bench.panel.load(json.loads(heard.read_text(encoding="utf-8"))["panel"])
+        try:
+            bench.panel.load(json.loads(heard.read_text(encoding="utf-8"))["panel"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{heard} is no state of a run ({error})", expected="a checkpoint of tutelage", fix="restore the file"
+            ) from error
 
 
 def _supervised_stage(session: _Session, unit: Unit) -> None:

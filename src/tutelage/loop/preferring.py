@@ -75,7 +75,8 @@ def prefer(
         groups = [group for groups in part for group in groups]
         loss = bench.choice.loss
         if isinstance(loss, Kto):
-            loss = dataclasses.replace(loss, z0=_reference_point(bench, groups))
+            other = groups_P[start - 1] if len(part) == 1 else ()  # one prompt alone has no other to be crossed with
+            loss = dataclasses.replace(loss, z0=_reference_point(bench, [*groups, *other]))
         numbers = bench.learner.step(groups, _Watched(loss), temperature=bench.recipe.sampling.temperature)
         if isinstance(loss, Kto):
             numbers["z0"] = loss.z0

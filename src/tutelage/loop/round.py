@@ -49,10 +49,11 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     unit.metrics(number, "rollout", seen | {"multiplier": bench.multiplier.value})
     bench.progress.figures(cost=seen["cost"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"])
 
-    scores = bench.frozen_scores(prompts, replies_PG, attention=bench.recipe.credit.method == "attention")
+    spreads = bench.choice.family == "gradient"  # pairs teach by whole replies
+    scores = bench.frozen_scores(prompts, replies_PG, attention=spreads and bench.recipe.credit.method == "attention")
     drawn = rescore(bench, prompts, replies_PG, unit, number)
     advantage_PG = advantages(bench, rewards_PG, replies_PG, scores, drawn)
-    if bench.choice.family == "preference":
+    if not spreads:
         prefer(bench, prompts, replies_PG, rewards_PG, advantage_PG, scores, unit, number)
         return
     trains_PG = teaching(bench, rewards_PG, replies_PG, advantage_PG)

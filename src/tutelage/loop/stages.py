@@ -136,8 +136,8 @@ def rescore(
     """
     drawn_BT = padded([reply.logps for group in replies_PG for reply in group])
     exact = bench.recipe.sampling.exact
-    if exact and bench.values is None:
-        return Drawn(drawn_BT)
+    if (exact and bench.values is None) or bench.choice.family == "preference":
+        return Drawn(drawn_BT)  # pairs are compared under the policy and the start alone, whoever drew them
     scores = bench.scores(prompts, replies_PG)
     if exact:
         return Drawn(drawn_BT, None, scores.value_BT)

@@ -93,6 +93,8 @@ def _doubt(opened: Run, version: str) -> str:
 
 def _latest(opened: Run) -> str:
     """The candidate version of a finished run, the last checkpoint of an unfinished one."""
+    if opened.recipe.controller.enabled:
+        return "start"  # its checkpoints hold the controller; the model's weights are the start's
     summary = opened.summary()
     if summary is not None:
         return str(summary["candidate"])

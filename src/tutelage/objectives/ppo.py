@@ -23,7 +23,8 @@ class Ppo:
     Difference: GRPO takes the group's mean for what to expect, one number for all tokens of all
     replies; the value head says it at each token, from one reply, and must be learned first.
     Assumption: the head is right enough. It begins with zero everywhere, so that the first round is
-    REINFORCE with the batch's mean; it never teaches the model's states, only reads them.
+    REINFORCE with rewards that fade by gamma lambda a token, less their mean; it never teaches the
+    model's states, only reads them.
     Source: Schulman et al. 2017 (arXiv 1707.06347), equations 7 and 9; the clipped value loss is
     Engstrom et al. 2020 (arXiv 2005.12729), section 3.
     """

@@ -190,6 +190,13 @@ class Adapter(MergedLayers):
                 expected="adapter_model.safetensors and adapter_config.json as PEFT writes them",
                 fix="restore the files from a copy",
             ) from error
+        special = [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if config.get(key)]
+        if special:
+            raise ModelError(
+                f"the adapter in {folder} sets {', '.join(special)}",
+                expected="one rank and one alpha for all layers, scaled by alpha / rank",
+                fix="bring it into that form: tutelage modules mix FOLDER --out NEW --rank N",
+            )
         if config["r"] == self.rank and abs(scale - self.alpha / self.rank) > 1e-9:
             raise ModelError(
                 f"the adapter in {folder} was trained with alpha / rank = {scale:g}",
