@@ -72,6 +72,8 @@ def test_pages_stay_within_a_stage_and_go_back_between_stages() -> None:
     if not allocator.keep_pages():
         pytest.skip("the allocator is not glibc's, or is set by the user")
     given_back, kept = (run(ROUNDS.format(kept=k, between="")) for k in (False, True))
+    if given_back < 5_000:  # 120 MB are 29,000 pages of 4 KB
+        pytest.skip(f"the kernel gave huge pages: {given_back:.0f} faults are too few to tell apart")
     released = run(ROUNDS.format(kept=True, between="allocator.release_pages()"))
     assert kept < 0.1 * given_back
     assert released > 5 * max(kept, 1)
