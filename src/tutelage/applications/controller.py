@@ -10,21 +10,21 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tutelage.applications.judging import refuse_untrusted
-from tutelage.applications.truthfulness import inputs, set_up
+from tutelage.applications.truthfulness import begin, principles_note
 from tutelage.config import Gate
 from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
-from tutelage.errors import BudgetSpent, NothingToLearn, StoreError, TrainingError
+from tutelage.errors import NothingToLearn, StoreError, TrainingError
 from tutelage.feedback.constitution import Constitution
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.contest import duel, extra_time
 from tutelage.loop.controlling import Control, play_round, search
 from tutelage.loop.improve import Result
+from tutelage.loop.units import timed
 from tutelage.loop.versions import open_run
 from tutelage.policy.controller import Controller, ControllerLearner, Grid, Steered, menu_of
 from tutelage.records import Decision, Evidence, Generation, Progress, Prompt, SamplerSettings, SuiteItem
@@ -38,12 +38,7 @@ _TIMED = 24  # prompts on which the time of choosing is measured
 
 def play(run: Run, progress: Progress) -> Result:
     """Play a new run, or go on with an interrupted one."""
-    train, gate, heldout, constitution = inputs(run.recipe)
-    bench = set_up(run, constitution, progress)
-    content = any(name != "text" for name in run.recipe.feedback.judges)
-    known = refuse_untrusted(bench.judges, others=content, allowed=run.recipe.feedback.allow_refused)
-    for prompt in [*train, *(item.prompt for item in (*gate, *heldout))]:
-        bench.encode(prompt)  # one that is too long is refused before any work is done
+    train, gate, heldout, constitution, bench, known = begin(run, progress)
     session = _Session(_control(bench), train, gate, heldout)
     done = session.resume()
     stopped = ""
@@ -64,9 +59,7 @@ def play(run: Run, progress: Progress) -> Result:
 
 
 def _introduce(unit: Unit, constitution: Constitution, train: Sequence[Prompt], judges: object) -> None:
-    fields = ("id", "text", "weight", "scope", "wants")
-    principles = [{k: getattr(p, k) for k in fields} for p in constitution.principles]
-    unit.note("constitution", {"name": constitution.name, "hash": constitution.hash, "principles": principles})
+    unit.note("constitution", principles_note(constitution))
     if judges:
         unit.note("judges", judges)
     unit.prompts(train, "train")
@@ -137,29 +130,9 @@ class _Session:
             self.bench.progress.say(f"resumed after unit '{units[-1]['name']}'")
         return {u["name"] for u in units}
 
-    @contextmanager
-    def unit(self, name: str, stage: str) -> Iterator[Unit]:
-        """A unit of work, timed; refused when the time budget is spent."""
-        run, limit = self.bench.run, self.bench.recipe.limits.seconds
-        spent = sum(float(u["seconds"]) for u in run.ledger.units())
-        if limit is not None and spent >= limit:
-            raise BudgetSpent(
-                f"the run has used {spent:.0f} s of the {limit:.0f} s it may use",
-                expected="limits.seconds above that",
-                fix="raise limits.seconds and go on with --resume; nothing is lost",
-            )
-        began = time.perf_counter()
-        stop: NothingToLearn | None = None
-        with run.ledger.unit(name, stage) as unit:
-            try:
-                yield unit
-            except NothingToLearn as error:  # what was seen is kept: it says why
-                stop, unit.stage = error, "stopped"
-            unit.seconds = time.perf_counter() - began
-            unit.version = self.control.version
-        run.rewrite_metrics()
-        if stop is not None:
-            raise stop
+    def unit(self, name: str, stage: str) -> AbstractContextManager[Unit]:
+        """A unit of work, as `loop.units.timed`."""
+        return timed(self.bench.run, name, stage, version=lambda: self.control.version)
 
     def learn(self, done: set[str]) -> None:
         """The rounds that are left."""

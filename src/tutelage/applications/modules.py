@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tutelage.credit import modules as credit
 from tutelage.engines.load import LanguageModel
 from tutelage.errors import InputError, ModelError, StoreError
-from tutelage.loop.versions import open_run
+from tutelage.loop.versions import latest, open_run
 from tutelage.policy import merging
 from tutelage.policy.merging import Gates, Method
 from tutelage.policy.saved import Factors, SavedAdapter
@@ -70,17 +70,10 @@ def read(spec: str, runs: Path) -> SavedAdapter:
         ) from error
     opened = Run.open(found, write=False)
     try:
-        checkpoint = opened.verify_checkpoint(version or _version(opened))
+        checkpoint = opened.verify_checkpoint(version or latest(opened))
         return SavedAdapter.read(checkpoint, name or opened.name)
     finally:
         opened.close()
-
-
-def _version(opened: Run) -> str:
-    """The candidate of a finished run, else its last checkpoint."""
-    summary = opened.summary()
-    units = opened.ledger.units()
-    return str(summary["candidate"] if summary else units[-1]["version"] if units else "start")
 
 
 # -- the manifest -----------------------------------------------------------------------------------

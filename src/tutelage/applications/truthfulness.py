@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ _AIMING = 2500
 # Counts up when the way a critic is trained changes: an older cached one must not be taken.
 _CRITIC_REVISION = 8
 
-__all__ = ["inputs", "labelled", "play", "set_up"]
+__all__ = ["Beginning", "begin", "inputs", "labelled", "play", "principles_note", "set_up"]
 
 
 def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteItem], Constitution]:
@@ -158,19 +159,41 @@ def _critic(
     return Critic.load(home / "critic.safetensors")
 
 
-def play(run: Run, progress: Progress) -> Result:
-    """Play a new run, or go on with an interrupted one."""
+class Beginning(NamedTuple):
+    """What a run starts from: its files, its workbench, and what is known of its judges."""
+
+    train: list[Prompt]
+    gate: list[SuiteItem]
+    heldout: list[SuiteItem]
+    constitution: Constitution
+    bench: Workbench
+    judges: list[dict[str, Any]]
+
+
+def begin(run: Run, progress: Progress) -> Beginning:
+    """Read, load and check all that a run needs, before any work is done."""
     train, gate, heldout, constitution = inputs(run.recipe)
     bench = set_up(run, constitution, progress)
     content = any(name != "text" for name in run.recipe.feedback.judges)
     known = refuse_untrusted(bench.judges, others=content, allowed=run.recipe.feedback.allow_refused)
     for prompt in [*train, *(item.prompt for item in (*gate, *heldout))]:
-        bench.encode(prompt)  # one that is too long is refused before any work is done
+        bench.encode(prompt)  # one that is too long is refused
+    return Beginning(train, gate, heldout, constitution, bench, known)
+
+
+def principles_note(constitution: Constitution) -> dict[str, Any]:
+    """The constitution as a ledger keeps it."""
+    fields = ("id", "text", "weight", "scope", "wants")
+    principles = [{k: getattr(p, k) for k in fields} for p in constitution.principles]
+    return {"name": constitution.name, "hash": constitution.hash, "principles": principles}
+
+
+def play(run: Run, progress: Progress) -> Result:
+    """Play a new run, or go on with an interrupted one."""
+    train, gate, heldout, constitution, bench, known = begin(run, progress)
 
     def notes(unit: Unit) -> None:
-        fields = ("id", "text", "weight", "scope", "wants")
-        principles = [{k: getattr(p, k) for k in fields} for p in constitution.principles]
-        unit.note("constitution", {"name": constitution.name, "hash": constitution.hash, "principles": principles})
+        unit.note("constitution", principles_note(constitution))
         if bench.panel.critic is not None:
             unit.note("critic", bench.panel.critic.quality)
         if known:

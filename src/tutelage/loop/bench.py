@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from tutelage.config import Recipe
@@ -27,6 +26,7 @@ from tutelage.objectives.constrained import PidMultiplier
 from tutelage.policy.full import FullWeights
 from tutelage.policy.learner import Learner, Scores, score
 from tutelage.policy.lora import Adapter
+from tutelage.policy.moments import moments_of, take_moments
 from tutelage.policy.values import ValueHead
 from tutelage.records import Generation, PreferencePair, Progress, Prompt, content_hash
 from tutelage.store.runs import Run
@@ -183,7 +183,7 @@ class Workbench:
             self.adapter.save(folder)
             if self.values is not None:
                 self.values.save(folder)
-            save_file(_optimizer_tensors(self.learner), str(folder / "optimizer.safetensors"))
+            save_file(moments_of(self.learner.optimizer), str(folder / "optimizer.safetensors"))
             state = {"version": version, "multiplier": self.multiplier.state(), "panel": self.panel.state()}
             state["anchored"] = {name: a.state() for name, a in self.anchored.items()}
             state["trust"] = dict(self.trust)
@@ -214,7 +214,7 @@ class Workbench:
         if self.values is not None:
             self.values.load(folder)
         self.restart_learner(self.recipe.update.learning_rate)
-        _load_optimizer(self.learner, load_file(str(folder / "optimizer.safetensors")))
+        take_moments(self.learner.optimizer, load_file(str(folder / "optimizer.safetensors")))
         try:
             state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except ValueError as error:
@@ -225,21 +225,3 @@ class Workbench:
         self.trust = {name: float(factor) for name, factor in state.get("trust", {}).items()}
         self.baselines = {name: float(mean) for name, mean in state.get("baselines", {}).items()}
         self.version = version
-
-
-def _optimizer_tensors(learner: Learner) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for i, state in learner.optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            found[f"{i}.{key}"] = torch.as_tensor(value).contiguous()
-    return found
-
-
-def _load_optimizer(learner: Learner, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        i, _, key = name.partition(".")
-        state.setdefault(int(i), {})[key] = value
-    full = learner.optimizer.state_dict()
-    full["state"] = state
-    learner.optimizer.load_state_dict(full)

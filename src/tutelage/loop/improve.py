@@ -11,16 +11,17 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tutelage.errors import BudgetSpent, NothingToLearn, StoreError, TrainingError
+from tutelage.errors import NothingToLearn, StoreError, TrainingError
 from tutelage.loop.bench import Workbench
 from tutelage.loop.evaluate import Answers, compare, evaluate
 from tutelage.loop.gates import honesty_gate
 from tutelage.loop.round import play_round
 from tutelage.loop.supervised import imitate, look, revise
+from tutelage.loop.units import timed
 from tutelage.records import Decision, Evidence, Message, Prompt, SamplerSettings, SuiteItem
 from tutelage.store.ledger import Unit
 
@@ -60,29 +61,9 @@ class _Session:
         gate, heldout = (Path(name.removeprefix("builtin:")).stem for name in (p.gate, p.heldout))
         return (gate, heldout) if gate != heldout else (f"{gate}-gate", f"{heldout}-heldout")
 
-    @contextmanager
-    def unit(self, name: str, stage: str) -> Iterator[Unit]:
-        """A unit of work, timed; refused when the time budget is spent."""
-        limit = self.bench.recipe.limits.seconds
-        spent = sum(float(u["seconds"]) for u in self.bench.run.ledger.units())
-        if limit is not None and spent >= limit:
-            raise BudgetSpent(
-                f"the run has used {spent:.0f} s of the {limit:.0f} s it may use",
-                expected="limits.seconds above that",
-                fix="raise limits.seconds and go on with --resume; nothing is lost",
-            )
-        began = time.perf_counter()
-        stop: NothingToLearn | None = None
-        with self.bench.run.ledger.unit(name, stage) as unit:
-            try:
-                yield unit
-            except NothingToLearn as error:  # what was seen is kept: it says why
-                stop, unit.stage = error, "stopped"
-            unit.seconds = time.perf_counter() - began
-            unit.version = self.bench.version
-        self.bench.run.rewrite_metrics()
-        if stop is not None:
-            raise stop
+    def unit(self, name: str, stage: str) -> AbstractContextManager[Unit]:
+        """A unit of work, as `loop.units.timed`."""
+        return timed(self.bench.run, name, stage, version=lambda: self.bench.version)
 
     def answers(self, items: Sequence[SuiteItem], suite: str, unit: Unit) -> Answers:
         """Greedy answers of the present version, kept in the ledger."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tutelage.policy.full import FullWeights
     from tutelage.policy.lora import Adapter
 
-__all__ = ["adapter_of", "load_for_use", "open_run"]
+__all__ = ["adapter_of", "latest", "load_for_use", "open_run"]
 
 
 def adapter_of(recipe: Recipe, lm: LanguageModel, *, seed: int) -> Adapter | FullWeights:
@@ -76,7 +76,7 @@ def load_for_use(
     lm = load_model(
         recipe.model.name, device=recipe.model.device, dtype=dtype or recipe.model.dtype, hub=recipe.model.hub
     )
-    chosen = version or _latest(opened)
+    chosen = version or latest(opened)
     if chosen != "start":
         adapter_of(recipe, lm, seed=0).load(opened.verify_checkpoint(chosen))
     lm.name = f"{opened.name}@{chosen}" + _doubt(opened, chosen)
@@ -91,7 +91,7 @@ def _doubt(opened: Run, version: str) -> str:
     return " (rejected by the gate)" if refused else ""
 
 
-def _latest(opened: Run) -> str:
+def latest(opened: Run) -> str:
     """The candidate version of a finished run, the last checkpoint of an unfinished one."""
     if opened.recipe.controller.enabled:
         return "start"  # its checkpoints hold the controller; the model's weights are the start's

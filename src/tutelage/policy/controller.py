@@ -20,6 +20,7 @@ from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, pack
 from tutelage.engines.sampling import Menu, shape_rows
 from tutelage.errors import ModelError, RecipeError, TrainingError
+from tutelage.policy.moments import moments_of, take_moments
 from tutelage.records import Generation
 
 __all__ = [
@@ -300,20 +301,11 @@ class ControllerLearner:
 
     def save(self, path: Path) -> None:
         """Write the optimiser's moments."""
-        found = {
-            f"{i}.{key}": torch.as_tensor(value).contiguous()
-            for i, state in self.optimizer.state_dict()["state"].items()
-            for key, value in state.items()
-        }
-        save_file(found, str(path))
+        save_file(moments_of(self.optimizer), str(path))
 
     def load(self, path: Path) -> None:
         """Take them over."""
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in load_file(str(path)).items():
-            i, _, key = name.partition(".")
-            state.setdefault(int(i), {})[key] = value
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        take_moments(self.optimizer, load_file(str(path)))
 
 
 def score_steered(
