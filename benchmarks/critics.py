@@ -7,7 +7,8 @@
 Data: the folder ../shared/data beside the checkout, or --data. Features are read once a task and kept
 under --cache. Tasks: toxicity (hate or offensive against neither) and hate (against the rest) on
 Davidson's tweets, a stratified fifth held out; safety on DiaSafety, its own test split; factuality on
-HaluEval's general part, a fifth held out; evidence on FEVER-Symmetric, dev to test; preference on
+HaluEval's general part, a fifth held out; coherence on HH's dialogues, kept and spoilt, a fifth held out, and
+each way of spoiling by a critic that never saw it; evidence on FEVER-Symmetric, dev to test; preference on
 Anthropic's HH (harmless, half of test) and Open-Instruct's human pairs, in five folds.
 """
 
@@ -32,6 +33,7 @@ from tutelage.engines.encoder import Encoder
 from tutelage.engines.load import LanguageModel, load_model
 from tutelage.feedback.critic_data import BLOCKS, Features, Pairs, Passage, Reader, families
 from tutelage.feedback.critic_heads import Figure, measure_pairs
+from tutelage.feedback.perturbation import perturb
 from tutelage.feedback.text_critic import TextCritic
 from tutelage.records import Message
 
@@ -50,6 +52,7 @@ class Task:
     labels_N: np.ndarray
     test_N: np.ndarray | None = None  # True where a row is held out by the data set itself
     pairs: Pairs | None = None
+    kind_N: np.ndarray | None = None  # how a row came about; then each kind is measured without having been learned
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -122,6 +125,14 @@ def hh(data: Path) -> Task:
     return paired(chosen, rejected)
 
 
+def coherence(data: Path) -> Task:
+    """HH's dialogues as they are and with their replies spoilt (`tutelage critic perturb`)."""
+    rows = perturb(hh(data).pairs.chosen)
+    found = np.array([int(row.coherent) for row in rows])
+    kinds = np.array([row.kind for row in rows])
+    return Task("coherence", ("incoherent", "coherent"), 1, [r.passage for r in rows], found, kind_N=kinds)
+
+
 def last_turn(transcript: str) -> Passage:
     """The last turn of a transcript after the others."""
     parts = re.split(r"\n\n(Human|Assistant):", transcript)[1:]
@@ -154,6 +165,7 @@ TASKS = {
     "safety": diasafety,
     "factuality": halueval,
     "evidence": fever,
+    "coherence": coherence,
     "preference-hh": hh,
     "preference-open-instruct": open_instruct,
 }
@@ -169,7 +181,10 @@ def some(task: Task, limit: int) -> Task:
     passages = [task.passages[n] for n in rows] if task.passages else ()
     pairs = task.pairs and Pairs(*(tuple(side[n] for n in rows) for side in (task.pairs.chosen, task.pairs.rejected)))
     test_N = None if task.test_N is None else task.test_N[rows]
-    return dataclasses.replace(task, passages=passages, labels_N=task.labels_N[rows], test_N=test_N, pairs=pairs)
+    kind_N = None if task.kind_N is None else task.kind_N[rows]
+    return dataclasses.replace(
+        task, passages=passages, labels_N=task.labels_N[rows], test_N=test_N, pairs=pairs, kind_N=kind_N
+    )
 
 
 class Shelf:
@@ -238,11 +253,22 @@ def on_labels(task: Task, features: Features, source: str, seed: int) -> dict[st
     kin_N = families(task.passages)
     test_N = held_out(task, kin_N, seed)
     seen, left = np.flatnonzero(~test_N), np.flatnonzero(test_N)
-    critic = TextCritic.fit(
-        part(features, seen), task.labels_N[seen], kin_N[seen], kind=task.kind, labels=task.labels,
-        positive=task.positive, source=source, contextual=any(p.context for p in task.passages), seed=seed,
-    )  # fmt: skip
+    contextual = any(p.context for p in task.passages)
+
+    def learned(rows: np.ndarray) -> TextCritic:
+        return TextCritic.fit(
+            part(features, rows), task.labels_N[rows], kin_N[rows], kind=task.kind, labels=task.labels,
+            positive=task.positive, source=source, contextual=contextual, seed=seed,
+        )  # fmt: skip
+
+    critic = learned(seen)
     found = {"": critic.measure(part(features, left), task.labels_N[left], kin_N[left])}
+    if task.kind_N is not None:
+        for kind in sorted({*task.kind_N} - {"kept"}):
+            rows = left[np.isin(task.kind_N[left], ("kept", kind))]
+            other = learned(seen[task.kind_N[seen] != kind])
+            found[f"{kind}, not learned"] = other.measure(part(features, rows), task.labels_N[rows], kin_N[rows])
+        return found
     known = {task.passages[n].context for n in seen if task.passages[n].context}
     fresh = np.array([n for n in left if task.passages[n].context not in known], np.int64)
     if len(fresh) < len(left):

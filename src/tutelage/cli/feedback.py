@@ -212,6 +212,38 @@ def train(
     return 0
 
 
+@critic.command
+def perturb(
+    dialogues: Annotated[Path, help_("JSONL, CSV or Parquet of dialogues")],
+    *,
+    out: Annotated[Path, help_("file to write: coherence.jsonl")],
+    kind: Annotated[
+        list[Literal["exchanged", "earlier", "echo", "torn"]] | None,
+        help_("how replies are spoilt, repeatable (default: every way)"),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Spoil the replies of dialogues, to train a critic of coherence from what nobody labelled.
+
+    Rows: {"prompt" and "response" or "chosen"} or {"messages"}; a prompt is a text or a list of turns.
+
+    Examples to type:
+        tutelage critic perturb dialogues.jsonl --out coherence.jsonl
+        tutelage critic train coherence.jsonl --kind coherence --out coherence.safetensors
+    """
+    from tutelage.feedback.critic_data import read_dialogues
+    from tutelage.feedback.perturbation import KINDS, perturb_file
+
+    found = perturb_file(read_dialogues(dialogues), out, kind or KINDS)
+    counted = ", ".join(f"{count} {name}" for name, count in found["kinds"].items())
+    show(
+        found,
+        as_json,
+        lambda: [f"{found['file']}: {found['rows']} rows from {found['dialogues']} dialogues ({counted})"],
+    )
+    return 0
+
+
 def _critic_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['file']}: {found['kind']} from {found['rows']} rows, measured on {found['held_out']} unseen"]
     for name, (value, low, high) in found["quality"].items():

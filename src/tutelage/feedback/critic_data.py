@@ -30,7 +30,7 @@ from tutelage.records import Message, Prompt
 
 __all__ = [
     "BLOCKS", "Block", "Features", "LabelledPassages", "Pairs", "Passage", "Reader", "Source",
-    "families", "read_labelled_passages", "read_pairs", "read_passages",
+    "families", "read_dialogues", "read_labelled_passages", "read_pairs", "read_passages",
 ]  # fmt: skip
 
 Source = Literal["trunk", "encoder", "both", "words"]
@@ -106,6 +106,29 @@ def read_pairs(path: Path) -> Pairs:
         if chosen[-1] == rejected[-1]:
             raise InputError(f"{place} prefers a reply to itself", expected="two replies", fix="remove the row")
     return Pairs(tuple(chosen), tuple(rejected))
+
+
+def read_dialogues(path: Path) -> list[Passage]:
+    """Read rows of `prompt` and `response` or `chosen`, or of `messages` that end with the assistant's turn.
+
+    Files and errors as `read_labelled_passages`.
+    """
+    found = []
+    for place, row in _rows(path):
+        reply = next((name for name in ("response", "chosen") if name in row), "")
+        if reply:
+            found.append(Passage(_text(row, reply, place), _context(row, "prompt", place)))
+        elif isinstance(row.get("messages"), list) and row["messages"]:
+            turns = _context(row, "messages", place)
+            if turns[-1].role != "assistant" or not turns[-1].content.strip():
+                raise InputError(f"{place} ends with a turn of '{turns[-1].role}'", expected="one of the assistant")
+            found.append(Passage(turns[-1].content, turns[:-1]))
+        else:
+            raise InputError(
+                f"{place} has the columns {', '.join(map(str, row)) or 'none'}",
+                expected="prompt and response, prompt and chosen, or messages",
+            )
+    return found
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

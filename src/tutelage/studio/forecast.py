@@ -7,6 +7,7 @@ from the recipe; their length from the prompts, and for replies from what runs h
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,12 @@ _SECONDS_A_VERDICT = 0.004  # seconds: embedding a reply and reading it, with th
 _SECONDS_A_LABEL = 0.005  # seconds: a labelled question's share of training the critic's heads
 
 
-def forecast(recipe: Recipe) -> dict[str, Any]:
+def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
     """Counts, seconds and bytes that a run of `recipe` is expected to take.
+
+    Args:
+        recipe: What would be run.
+        length: Mean length of replies as a share of `sampling.max_new_tokens`; None takes what runs have shown.
 
     Raises:
         InputError, RecipeError, ModelError: A file or the model is missing or broken.
@@ -52,7 +57,8 @@ def forecast(recipe: Recipe) -> dict[str, Any]:
     every = [*train, *(item.prompt for item in (*gate, *heldout))]
     speeds = measure(recipe, every[:: max(1, len(every) // 200)])
     labels = len(labelled(recipe)[0])
-    work = _Work(recipe, speeds)
+    lengths = _LENGTH if length is None else dict.fromkeys(_LENGTH, length)
+    work = _Work(recipe, speeds, {k: share * recipe.sampling.max_new_tokens for k, share in lengths.items()})
     seconds = _seconds(work, train=len(train), gate=len(gate), heldout=len(heldout))
     critic = work.forward(labels * speeds.prompt) + labels * _SECONDS_A_LABEL if labels else 0.0
     memory = _memory(shape, recipe, speeds)
@@ -83,7 +89,7 @@ def _seconds(work: _Work, *, train: int, gate: int, heldout: int) -> dict[str, f
         return _seconds_of_a_controller(work, train=train, measured=gate + heldout)
     recipe, own = work.recipe, work.speeds.prompt
     s, u = recipe.supervised, recipe.update
-    fresh, taught = (_LENGTH[k] * recipe.sampling.max_new_tokens for k in ("start", "taught"))
+    fresh, taught = work.lengths["start"], work.lengths["taught"]
     prompts = min(u.prompts, train)
     start = _START + work.generate(gate, 1, fresh)
     supervised = 0.0
@@ -101,7 +107,7 @@ def _seconds(work: _Work, *, train: int, gate: int, heldout: int) -> dict[str, f
 
 def _seconds_of_a_controller(work: _Work, *, train: int, measured: int) -> dict[str, float]:
     """The same where the model stays frozen; the steps of the network itself take no time worth counting."""
-    c, length = work.recipe.controller, _LENGTH["start"] * work.recipe.sampling.max_new_tokens
+    c, length = work.recipe.controller, work.lengths["start"]
 
     def judged(prompts: int, samples: int) -> float:
         return work.generate(prompts, samples, length) + prompts * samples * _SECONDS_A_VERDICT
@@ -118,8 +124,8 @@ def _seconds_of_a_controller(work: _Work, *, train: int, measured: int) -> dict[
 class _Work:
     """Seconds of a run's kinds of work on the whole model."""
 
-    def __init__(self, recipe: Recipe, speeds: Speeds) -> None:
-        self.recipe, self.speeds = recipe, speeds
+    def __init__(self, recipe: Recipe, speeds: Speeds, lengths: Mapping[str, float]) -> None:
+        self.recipe, self.speeds, self.lengths = recipe, speeds, lengths
         self.learned = speeds.layers - round(recipe.lora.from_depth * speeds.layers)
 
     def generate(self, prompts: int, samples: int, length: float) -> float:
