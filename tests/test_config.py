@@ -59,6 +59,7 @@ def other_value(key: str) -> str:
         "controller.temperatures": "[0.0, 0.7]",
         "controller.top_k": "[0, 40]",
         "controller.masks": '["no-digits=[0-9]"]',
+        "controller.openings": '["I think"]',
     }
     if key in special:
         return special[key]
@@ -181,6 +182,9 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, text: str, key: str, m
         ('[controller]\nmasks = ["[0-9]"]', "controller.masks"),
         ('[controller]\nmasks = ["digits=["]', "controller.masks"),
         ('[controller]\nmasks = ["a=b", "a=c"]', "controller.masks"),
+        ('[controller]\nopenings = [" "]', "controller.openings"),
+        ('[controller]\nopenings = ["a", "a"]', "controller.openings"),
+        ('[controller]\nscope = "token"\nopenings = ["a"]', "controller"),
         ("[controller]\ntemperatures = [0.7]", "controller"),
         ("[controller]\ntemperatures = [0.0]\ntop_k = [0, 5]", "controller"),
     ],

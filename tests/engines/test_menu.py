@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,19 @@ def test_a_line_is_kept_as_the_record_of_a_reply() -> None:
     assert len(lines) == 2
     assert lines.settings(0, 9) == SamplerSettings(0.2, 0, max_new_tokens=9)
     assert lines.settings(1, 9) == SamplerSettings(1.0, 7, max_new_tokens=9)
+
+
+def test_a_token_that_is_due_is_drawn_with_probability_one_and_the_rest_as_ever() -> None:
+    """Openings (3, 1) and none: at place 0 of the first line only 3 may come, at place 1 only 1, then anything."""
+    plain = menu((0.5, 2, 1), (0.0, 0, 0), (1.0, 0, 0), barred=[[3]])
+    lines = dataclasses.replace(plain, openings=((3, 1), (2,), ()))
+    assert plain.due([0, 1], [0, 0]) is None and lines.due([0, 2], [2, 0]) is None
+    due = lines.due([0, 0, 0, 1, 2], [0, 1, 2, 0, 0])
+    assert due is not None and due.tolist() == [3, 1, -1, 2, -1]
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    before, uniform, action = logits.clone(), torch.full((5,), 0.4), torch.tensor([0, 0, 0, 1, 2])
+    tokens, logp = draw_rows(logits, uniform, lines, action, due)
+    free, free_logp = draw_rows(logits, uniform, lines, action)
+    assert tokens.tolist() == [3, 1, int(free[2]), 2, int(free[4])]
+    assert logp.tolist() == [0.0, 0.0, float(free_logp[2]), 0.0, float(free_logp[4])]
+    assert torch.equal(logits, before)

@@ -88,6 +88,54 @@ def test_a_mask_that_bars_nothing_or_everything_is_refused(tiny_lm: Any, pattern
     assert "controller.masks" in caught.value.fix
 
 
+OPENED = Grid((0.0, 1.0), (0,), (("no-a", "a"),), ("I don't", "Could you tell"))
+
+
+def test_openings_are_settings_of_their_own_and_their_tokens_the_models(tiny_lm: Any) -> None:
+    assert len(OPENED.settings) == 12 and OPENED.parts_AF.shape == (12, 2 + 2 + 3)
+    assert str(OPENED.settings[1]) == "temperature 0, opening 'I don't'"
+    menu = menu_of(OPENED, tiny_lm)
+    for setting, tokens in zip(OPENED.settings, menu.openings, strict=True):
+        assert tiny_lm.tokenizer.decode(tokens) == setting.opening
+    assert menu_of(GRID, tiny_lm).openings == ()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_replies_begin_as_the_setting_says_and_go_on_as_the_model_would(tiny_lms: dict[str, Any], kind: str) -> None:
+    lm = tiny_lms[kind]
+    menu = menu_of(OPENED, lm)
+    steering = Assigned(menu, range(len(menu)))
+    replies = flat(generate(lm, steering, samples=len(menu), settings=SamplerSettings(max_new_tokens=24)))
+    for reply in replies:
+        opening = menu.openings[reply.sample]
+        assert reply.tokens[: len(opening)] == opening
+        assert reply.logps[: len(opening)] == (0.0,) * len(opening)
+        assert all(x < 0.0 for x in reply.logps[len(opening) :])
+        assert reply.text.startswith(OPENED.settings[reply.sample].opening)
+    # After its opening a greedy reply is what the model says when the opening is part of what it was given.
+    greedy = SamplerSettings(0.0, max_new_tokens=24 - len(menu.openings[1]))
+    after = LocalCompleter(lm, rows=4).generate(
+        PROMPTS, samples=1, settings=greedy, seed=0, version="v", opening=[OPENED.openings[0]] * len(PROMPTS)
+    )
+    begun = [r.tokens[len(menu.openings[1]) :] for r in replies if r.sample == 1]
+    assert begun == [group[0].tokens for group in after]
+
+
+def test_a_rescore_knows_that_openings_were_not_drawn(tiny_lm: Any) -> None:
+    menu = menu_of(OPENED, tiny_lm)
+    steering = Assigned(menu, range(len(menu)))
+    table = generate(tiny_lm, steering, samples=len(menu), settings=SamplerSettings(max_new_tokens=24))
+    replies = flat(table)
+    rows = iter(range(len(replies)))
+    groups = [
+        Group(tiny_lm.encode(p), tuple(r.tokens for r in group), tuple(next(rows) for _ in group))
+        for p, group in zip(PROMPTS, table, strict=True)
+    ]
+    again = score_steered(tiny_lm, groups, [[r.sample] for r in replies], menu)
+    for row, reply in enumerate(replies):
+        assert np.allclose(again[row, : len(reply.logps)].tolist(), reply.logps, atol=1e-4)
+
+
 # -- the network ------------------------------------------------------------------------------------
 
 

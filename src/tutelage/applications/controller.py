@@ -67,7 +67,7 @@ def _introduce(unit: Unit, constitution: Constitution, train: Sequence[Prompt], 
 
 def _control(bench: Workbench) -> Control:
     rules, lm = bench.recipe.controller, bench.lm
-    grid = Grid(rules.temperatures, rules.top_k, rules.patterns)
+    grid = Grid(rules.temperatures, rules.top_k, rules.patterns, rules.openings)
     network = Controller(
         grid,
         lm.head_VD.shape[1],

@@ -15,7 +15,7 @@ Temperature = Annotated[float, Field(ge=0.0, le=10.0)]
 
 
 class Controller(Section):
-    """A small network reads the frozen model's last hidden state and chooses temperature, top-k and mask."""
+    """A small network reads the frozen model's last hidden state and chooses temperature, top-k, mask and opening."""
 
     enabled: bool = Field(False, description="learn this instead of the model, which stays as it is")
     scope: Literal["sequence", "token"] = Field("sequence", description="choose once a reply, or at every token")
@@ -28,6 +28,9 @@ class Controller(Section):
     top_k: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), description="top-k values to choose from; 0 is off")
     masks: tuple[str, ...] = Field(
         (), description='masks to choose from beside none, as "NAME=REGEX": tokens in whose text it is found are barred'
+    )
+    openings: tuple[str, ...] = Field(
+        (), description="texts to choose from beside none: a reply begins with the text; with scope sequence"
     )
     width: Count = Field(32, description="inner units of the network")
     rounds: Count = Field(6, description="rounds of drawing, judging and learning")
@@ -51,6 +54,13 @@ class Controller(Section):
             raise ValueError("the values to choose from must be at least one, and all different")
         return values
 
+    @field_validator("openings")
+    @classmethod
+    def _said(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(text.strip() for text in values) or len(set(values)) < len(values):
+            raise ValueError("openings must be texts, and all different")
+        return values
+
     @field_validator("masks")
     @classmethod
     def _patterns(cls, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -71,14 +81,16 @@ class Controller(Section):
     @model_validator(mode="after")
     def _makes_sense(self) -> Controller:
         if self.choices < 2:
-            raise ValueError("temperatures, top_k and masks leave a single setting: there is nothing to choose")
+            raise ValueError("temperatures, top_k, masks and openings leave a single setting: nothing to choose")
+        if self.openings and self.scope == "token":
+            raise ValueError("an opening is chosen before the first token: openings need scope = 'sequence'")
         return self
 
     @property
     def choices(self) -> int:
         """Distinct settings: a greedy draw has no use for top-k."""
         warm = sum(t > 0 for t in self.temperatures) * len(self.top_k)
-        return (warm + (0.0 in self.temperatures)) * (1 + len(self.masks))
+        return (warm + (0.0 in self.temperatures)) * (1 + len(self.masks)) * (1 + len(self.openings))
 
     @property
     def patterns(self) -> tuple[tuple[str, str], ...]:

@@ -332,7 +332,8 @@ class _Batch:
                 chosen = _choose(self.steering, list(zip(self.jobs, states, strict=True)))
             else:
                 chosen = torch.tensor([job.actions[0] for job in self.jobs], device=logits.device)
-            return draw_rows(logits, uniform, self.steering.menu, chosen)
+            due = self.steering.menu.due(chosen.tolist(), [len(job.tokens) for job in self.jobs])
+            return draw_rows(logits, uniform, self.steering.menu, chosen, due)
         tokens = torch.empty(len(self.jobs), dtype=torch.long, device=logits.device)
         logps = torch.empty(len(self.jobs), device=logits.device)
         for how in dict.fromkeys(job.settings for job in self.jobs):

@@ -31,12 +31,14 @@ class Menu:
         top_k_A: 0 is off.
         mask_A: Row of `barred_MV`.
         barred_MV: True where a mask bars a token; the first row bars none.
+        openings: Tokens that a reply must begin with, a line; none at all means that no line has any.
     """
 
     temperature_A: torch.Tensor
     top_k_A: torch.Tensor
     mask_A: torch.Tensor
     barred_MV: torch.Tensor
+    openings: tuple[tuple[int, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.temperature_A)
@@ -45,6 +47,17 @@ class Menu:
         """One line as the record that a reply keeps; the mask is not in it."""
         temperature, top_k = float(self.temperature_A[action]), int(self.top_k_A[action])
         return SamplerSettings(round(temperature, 6), top_k, max_new_tokens=max_new_tokens)
+
+    def due(self, actions: Sequence[int], places: Sequence[int]) -> torch.Tensor | None:
+        """The only token that an opening allows at these places of these rows' replies, -1 where any may come.
+
+        None where that is so in every row.
+        """
+        if not self.openings:
+            return None
+        left = [self.openings[a][n : n + 1] for a, n in zip(actions, places, strict=True)]
+        tokens = [only[0] if only else -1 for only in left]
+        return torch.tensor(tokens, device=self.mask_A.device) if any(left) else None
 
 
 class Steering(Protocol):
@@ -176,8 +189,12 @@ def _invert(mass_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     return (block_B1 * _BLOCK + torch.searchsorted(inside_BK, rest_B1, right=True))[:, 0].clamp_(max=size - 1)
 
 
-def shape_rows(logits_BV: torch.Tensor, menu: Menu, action_B: torch.Tensor) -> torch.Tensor:
+def shape_rows(
+    logits_BV: torch.Tensor, menu: Menu, action_B: torch.Tensor, due_B: torch.Tensor | None = None
+) -> torch.Tensor:
     """What `shape_logits` does, each row by its own line of the menu; masks come first.
+
+    Where a token is due (`Menu.due`) everything else is barred: it is drawn with probability one.
 
     A greedy row is masked and otherwise left as it is: its token is the most likely one, and the
     log-probability that is recorded is the untempered one. The choice is the action there, not the token.
@@ -202,11 +219,20 @@ def shape_rows(logits_BV: torch.Tensor, menu: Menu, action_B: torch.Tensor) -> t
         rows = logits[cut]
         least_N1 = rows.topk(int(k_N1.max()), dim=-1).values.gather(1, k_N1 - 1)
         logits[cut] = rows.masked_fill(rows < least_N1, float("-inf"))
+    if due_B is not None:
+        only_N1 = due_B[due_B >= 0, None]
+        logits = logits.clone() if logits is logits_BV else logits
+        alone = torch.full((len(only_N1), logits.shape[-1]), float("-inf"), device=logits.device)
+        logits[due_B >= 0] = alone.scatter_(1, only_N1, 0.0)
     return logits
 
 
 def draw_rows(
-    logits_BV: torch.Tensor, uniform_B: torch.Tensor, menu: Menu, action_B: torch.Tensor
+    logits_BV: torch.Tensor,
+    uniform_B: torch.Tensor,
+    menu: Menu,
+    action_B: torch.Tensor,
+    due_B: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw`, each row by its own line of the menu.
 
@@ -214,13 +240,18 @@ def draw_rows(
         ModelError: A logit is not a number.
     """
     logits, uniform, action = (torch.split(x, _ROWS) for x in (logits_BV, uniform_B, action_B))
-    return _checked([_draw_rows(*rows, menu) for rows in zip(logits, uniform, action, strict=True)])
+    due = [None] * len(logits) if due_B is None else torch.split(due_B, _ROWS)
+    return _checked([_draw_rows(*rows, menu) for rows in zip(logits, uniform, action, due, strict=True)])
 
 
 def _draw_rows(
-    logits_BV: torch.Tensor, uniform_B: torch.Tensor, action_B: torch.Tensor, menu: Menu
+    logits_BV: torch.Tensor,
+    uniform_B: torch.Tensor,
+    action_B: torch.Tensor,
+    due_B: torch.Tensor | None,
+    menu: Menu,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits_BV = shape_rows(logits_BV, menu, action_B)
+    logits_BV = shape_rows(logits_BV, menu, action_B, due_B)
     greedy_B = menu.temperature_A[action_B] == 0.0
     top_B1 = logits_BV.amax(-1, keepdim=True)
     mass_BV = (logits_BV - top_B1).exp_()

@@ -32,49 +32,54 @@ _HEADER = "tutelage_controller"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to draw; an empty mask bars nothing."""
+    """One way to draw; an empty mask bars nothing, an empty opening demands nothing."""
 
     temperature: float
     top_k: int = 0
     mask: str = ""
+    opening: str = ""
 
     def __str__(self) -> str:
         parts = [f"temperature {self.temperature:g}"]
         parts += [f"top-k {self.top_k}"] if self.top_k else []
         parts += [f"mask {self.mask}"] if self.mask else []
+        parts += [f"opening '{self.opening}'"] if self.opening else []
         return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """What can be chosen: every temperature with every top-k and every mask, or none.
+    """What can be chosen: every temperature with every top-k, every mask or none, and every opening or none.
 
     Args:
         temperatures: 0 is greedy.
         top_k: 0 is off. A greedy draw has no use for it, so greedy comes once a mask.
         masks: (name, regular expression) of what a token's text must not hold.
+        openings: Texts that a reply must begin with. Only where the choice is made once a reply.
     """
 
     temperatures: tuple[float, ...]
     top_k: tuple[int, ...] = (0,)
     masks: tuple[tuple[str, str], ...] = ()
+    openings: tuple[str, ...] = ()
 
     @property
     def settings(self) -> tuple[Setting, ...]:
         """The A distinct settings, in a fixed order."""
         names = ("", *(name for name, _ in self.masks))
-        every = itertools.product(self.temperatures, self.top_k, names)
-        return tuple(dict.fromkeys(Setting(t, k if t else 0, m) for t, k, m in every))
+        every = itertools.product(self.temperatures, self.top_k, names, ("", *self.openings))
+        return tuple(dict.fromkeys(Setting(t, k if t else 0, m, o) for t, k, m, o in every))
 
     @property
     def parts_AF(self) -> torch.Tensor:
-        """1.0 where a setting has a temperature, a top-k, a mask: scores of settings are sums over their parts.
+        """1.0 where a setting has a temperature, top-k, mask, opening: scores of settings are sums over their parts.
 
         So what is learned of a temperature holds for all top-k values.
         """
         kinds: list[tuple[str, object]] = [("temperature", t) for t in self.temperatures]
         kinds += [("top_k", k) for k in self.top_k] if len(self.top_k) > 1 else []
         kinds += [("mask", m) for m in ("", *(name for name, _ in self.masks))] if self.masks else []
+        kinds += [("opening", o) for o in ("", *self.openings)] if self.openings else []
         rows = [[float(getattr(s, kind) == value) for kind, value in kinds] for s in self.settings]
         table = torch.tensor(rows)
         if len(self.top_k) > 1:  # greedy has no top-k of its own, whatever the list holds
@@ -110,11 +115,13 @@ def menu_of(grid: Grid, lm: LanguageModel) -> Menu:
                     fix="change its regular expression in controller.masks",
                 )
     names = ["", *(name for name, _ in grid.masks)]
+    begun = {o: tuple(lm.tokenizer(o, add_special_tokens=False)["input_ids"]) for o in ("", *grid.openings)}
     return Menu(
         torch.tensor([s.temperature for s in settings], device=lm.device),
         torch.tensor([s.top_k for s in settings], device=lm.device),
         torch.tensor([names.index(s.mask) for s in settings], device=lm.device),
         barred_MV.to(lm.device),
+        tuple(begun[s.opening] for s in settings) if grid.openings else (),
     )
 
 
@@ -186,6 +193,7 @@ class Controller(nn.Module):
                 tuple(kept["grid"]["temperatures"]),
                 tuple(kept["grid"]["top_k"]),
                 tuple((name, pattern) for name, pattern in kept["grid"]["masks"]),
+                tuple(kept["grid"].get("openings", ())),
             )
             found = cls(grid, kept["size"], width=kept["width"], per_token=kept["per_token"])
             found.load_state_dict(load_file(str(path)))
@@ -337,7 +345,8 @@ def score_steered(
             for row, column in zip(part.row_N.tolist(), part.column_N.tolist(), strict=True)
         ]
         logits = hidden[part.source_N.to(lm.device)] @ lm.head_VD.T
-        shaped = shape_rows(logits, menu, torch.tensor(chosen, device=lm.device))
+        due = menu.due(chosen, part.column_N.tolist())
+        shaped = shape_rows(logits, menu, torch.tensor(chosen, device=lm.device), due)
         flat = shaped.log_softmax(-1).gather(1, part.target_N.to(lm.device)[:, None])[:, 0]
         where = (part.row_N.to(lm.device), part.column_N.to(lm.device))
         logp_BT = logp_BT.index_put(where, flat)
