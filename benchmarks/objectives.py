@@ -18,6 +18,7 @@ import collections
 import json
 import sqlite3
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from honesty import copy_start
 
 import tutelage
 from tutelage.config import load_recipe
+from tutelage.errors import TutelageError
 from tutelage.studio.console import PlainProgress
 
 ROUNDS, PROMPTS, SAMPLES = 2, 32, 8
@@ -48,6 +50,7 @@ ARMS |= {
     "grpo, uniform credit": ['update.objective="grpo"', 'credit.method="uniform"'],
     "grpo, sparse credit": ['update.objective="grpo"', 'credit.method="last"'],
 }
+FROM_ADAPTER = ("ppo",)
 METRICS = ("made_up_unanswerable", "correct_answerable", "abstained_known", "asked_back_ambiguous")
 
 
@@ -60,9 +63,11 @@ def play(arm: str, seed: int, runs: Path) -> dict[str, Any]:
         if arm == START:
             recipe = load_recipe("honesty", [*COMMON, "update.rounds=0", f"seed={seed}"])
         else:
-            recipe = load_recipe("honesty", [*COMMON, *ARMS[arm], f"seed={seed}"])
+            # A run with a value head cannot go on where one without it stood; it takes the stage's adapter.
+            stage = [f'supervised.adapter="{start / "checkpoints" / "r0"}"'] if arm in FROM_ADAPTER else []
+            recipe = load_recipe("honesty", [*COMMON, *ARMS[arm], *stage, f"seed={seed}"])
         resume = (runs / name / "recipe.toml").is_file()
-        if arm != START and not resume:
+        if arm != START and not resume and arm not in FROM_ADAPTER:
             copy_start(start, runs / name, recipe.to_toml())
             resume = True
         with PlainProgress() as progress:
@@ -137,7 +142,10 @@ def main() -> None:
     for seed in seeds:
         for arm in arms:
             if not given.table or (given.runs / folder(arm, seed) / "summary.json").is_file():
-                found[arm].append(play(arm, seed, given.runs))
+                try:
+                    found[arm].append(play(arm, seed, given.runs))
+                except TutelageError as error:  # the others are not lost
+                    print(f"{folder(arm, seed)}: {error}", file=sys.stderr, flush=True)
     print(json.dumps(found) if given.json else table({arm: rows for arm, rows in found.items() if rows}))
 
 
