@@ -351,6 +351,30 @@ def planted_pairs(count: int = 400, seed: int = 0) -> tuple[dict[str, Any], dict
     return sides[0], sides[1], np.arange(count)
 
 
+@pytest.mark.parametrize("kind", ["labels", "pairs"])
+def test_sparse_rows_are_fitted_in_the_space_they_span_with_the_same_weights(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    dense = rng.normal(size=(60, 90)) * (rng.random((60, 90)) < 0.1)
+    dense[7], dense[11] = dense[3], 0.0  # rows that add no direction
+    x_NF = sparse.csr_matrix(dense.astype(np.float32))
+    labels_N = (dense[:, :5].sum(1) + rng.normal(size=60) > 0).astype(int)
+    rows = np.arange(60)
+    folds = [(rows[rows % 3 != k], rows[rows % 3 == k]) for k in range(3)]
+    found = []
+    for most in (70, 0):  # with as many columns as rows, and with all
+        monkeypatch.setattr("tutelage.feedback.critic_heads._MOST_ROWS", most)
+        if kind == "labels":
+            head, unseen = Linear.fit(x_NF, labels_N, folds)
+        else:
+            head, unseen = Linear.fit_pairs(x_NF, folds, rng.normal(size=60) * 0.0)
+        found.append((head.weight_MFL, head.bias_ML, unseen))
+    for few, all_columns in zip(*found, strict=True):
+        assert np.allclose(few, all_columns, atol=2e-3), np.abs(few - all_columns).max()
+    assert np.abs(found[0][0]).max() > 0.05
+
+
 def test_length_is_taken_out_of_the_reward_and_quality_is_left() -> None:
     chosen, rejected, kin = planted_pairs()
     fresh = planted_pairs(seed=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ Figure = tuple[float, float, float]  # value, and the limits of its 95% interval
 Folds = Sequence[tuple[np.ndarray, np.ndarray]]
 # Weights of the penalty that are tried, as scikit-learn's C: on standardised columns, and on hashed counts.
 _DENSE, _SPARSE = (1e-4, 1e-3, 1e-2), (0.3, 3.0, 30.0)
+_MOST_ROWS = 4000  # of which all products with each other are taken
 _UNPENALISED = 10.0  # a column blown up so much is hardly held by the penalty
 
 
@@ -48,11 +49,11 @@ class Linear:
             of several penalties the one with the least log loss there.
         """
         mean_F, scale_F = _scaling(x_NF)
-        z_NF = _scaled(x_NF, mean_F, scale_F)
+        z_NR, back = _few_columns(_scaled(x_NF, mean_F, scale_F))
         tried = []
         for strength in _strengths(x_NF):
-            models = [regression(strength).fit(z_NF[seen], labels_N[seen]) for seen, _ in folds]
-            weight_MFL = np.stack([m.coef_.T / scale_F[:, None] for m in models])
+            models = [regression(strength).fit(z_NR[seen], labels_N[seen]) for seen, _ in folds]
+            weight_MFL = np.stack([back(m.coef_.T) / scale_F[:, None] for m in models])
             bias_ML = np.stack([m.intercept_ - mean_F @ w for m, w in zip(models, weight_MFL, strict=True)])
             tried.append(cls(weight_MFL.astype(np.float32), bias_ML).unseen(x_NF, labels_N, folds))
         return _best(tried)
@@ -78,15 +79,16 @@ class Linear:
         stack: Any = sparse if sparse.issparse(x_NF) else np
         z_NF = stack.hstack([_scaled(x_NF, 0.0 * scale_F, scale_F), column]).astype(np.float32)
         z_NF = z_NF.tocsr() if sparse.issparse(z_NF) else z_NF
+        z_NR, back = _few_columns(z_NF)
         labels_N = np.ones(len(nuisance_N), np.int64)
         tried = []
         for strength in _strengths(x_NF):
             weights = []
             for seen, _ in folds:
-                both = stack.vstack([z_NF[seen], -z_NF[seen]])
                 order = np.repeat([1, 0], len(seen))
+                both = (sparse if sparse.issparse(z_NR) else np).vstack([z_NR[seen], -z_NR[seen]])
                 model = regression(strength).set_params(fit_intercept=False).fit(both, order)
-                weights.append(model.coef_.T[:-1] / scale_F[:, None])
+                weights.append(back(model.coef_.T)[:-1] / scale_F[:, None])
             head = cls(np.stack(weights).astype(np.float32), np.zeros((len(folds), 1)))
             tried.append(head.unseen(x_NF, labels_N, folds))
         return _best(tried)
@@ -114,6 +116,25 @@ def centred(logits_NL: np.ndarray) -> np.ndarray:
         return np.concatenate([-half, half], axis=-1)
     centre: np.ndarray = logits_NL - logits_NL.mean(-1, keepdims=True)
     return centre.astype(np.float64)
+
+
+def _few_columns(z_NF: Block) -> tuple[Block, Callable[[np.ndarray], np.ndarray]]:
+    """The same rows in as few columns as there are rows, and what takes weights back to the columns that were.
+
+    A squared penalty leaves the weights in the space that the rows span, so fitting there gives the same weights: with
+    hundreds of rows of a hundred thousand hashed pieces, in a hundredth of the time. Other matrices stay as they are.
+    """
+    if not sparse.issparse(z_NF) or not 0 < z_NF.shape[0] <= _MOST_ROWS < z_NF.shape[1]:
+        return z_NF, lambda weight_FL: weight_FL
+    size_R, turn_NR = np.linalg.eigh((z_NF @ z_NF.T).toarray().astype(np.float64))
+    kept = size_R > 1e-9 * size_R[-1]
+    length_R, turn_NR = np.sqrt(size_R[kept]), turn_NR[:, kept]
+
+    def back(weight_RL: np.ndarray) -> np.ndarray:
+        weight_FL: np.ndarray = z_NF.T @ (turn_NR @ (weight_RL / length_R[:, None]))
+        return weight_FL
+
+    return turn_NR * length_R, back
 
 
 def _strengths(x_NF: Block) -> tuple[float, ...]:
