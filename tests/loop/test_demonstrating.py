@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from tests.tiny_world import World, write_lines
 
 from tutelage.config import Recipe
 from tutelage.engines.packing import Group
-from tutelage.errors import RecipeError
-from tutelage.objectives.inverse import InverseQ, reward_distance, without_shaping
+from tutelage.objectives.inverse import InverseQ, without_shaping
 from tutelage.policy.full import attach_full
 from tutelage.policy.learner import Learner, TrainGroup, score
 
@@ -99,7 +97,12 @@ def test_what_cannot_be_learned_from_is_refused_before_anything_is_made(world: W
         "held.jsonl": [{"prompt": held, "response": "So."}],
         "long.jsonl": [SHOWN[0], {"prompt": "Why?", "response": "because " * 200}],
     }
-    said = {"nowhere.jsonl": "does not exist", "empty.jsonl": "line 1", "held.jsonl": "held out", "long.jsonl": "demo-2"}
+    said = {
+        "nowhere.jsonl": "does not exist",
+        "empty.jsonl": "line 1",
+        "held.jsonl": "held out",
+        "long.jsonl": "demo-2",
+    }
     for name, rows in files.items():
         if rows is not None:
             write_lines(world.folder / name, rows)
@@ -115,75 +118,63 @@ def test_senseless_sections_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             Recipe.model_validate(section)
-    Recipe.model_validate(
-        {"demonstrations": {"file": "a"}, "supervised": {"enabled": False}, "update": {"rounds": 0}}
-    )
-    assert issubclass(RecipeError, Exception)
+    Recipe.model_validate({"demonstrations": {"file": "a"}, "supervised": {"enabled": False}, "update": {"rounds": 0}})
 
 
-# ---- a reward that is known: all texts of three tokens out of three, and their soft-optimal demonstrator ----
+# ---- a reward that is known: all texts of two tokens out of four, and their soft-optimal demonstrator ----
 
-ACTIONS, DEPTH, PROMPT = (20, 30, 40), 3, (5, 6, 7)
-
-
-def tree() -> tuple[dict[tuple[int, ...], int], np.ndarray]:
-    """Number of each text that goes on, and a random reward (state, action)."""
-    states = [s for d in range(DEPTH) for s in itertools.product(range(3), repeat=d)]
-    return {s: n for n, s in enumerate(states)}, np.random.default_rng(3).normal(size=(len(states), 3))
+ACTIONS, DEPTH, PROMPT = (20, 30, 40, 50), 2, (5, 6, 7)
+EVERY = list(itertools.product(range(4), repeat=DEPTH))
+NUMBERS = {s: n for n, s in enumerate(s for d in range(DEPTH) for s in itertools.product(range(4), repeat=d))}
+REWARD_SA = np.random.default_rng(3).normal(size=(len(NUMBERS), 4))
 
 
-def demonstrator(numbers: dict[tuple[int, ...], int], reward_SA: np.ndarray) -> np.ndarray:
-    """Probabilities (state, action) of the soft-optimal policy; after the third token it ends."""
-    value = np.zeros(len(numbers))
-    q_SA = np.zeros_like(reward_SA)
-    for state in sorted(numbers, key=len, reverse=True):
-        for a in range(3):
-            after = numbers.get((*state, a))
-            q_SA[numbers[state], a] = reward_SA[numbers[state], a] + (0.0 if after is None else value[after])
-        value[numbers[state]] = np.logaddexp.reduce(q_SA[numbers[state]])
+def demonstrator() -> np.ndarray:
+    """Probabilities (state, action) of the soft-optimal policy; after the last token it ends."""
+    value, q_SA = np.zeros(len(NUMBERS)), np.zeros_like(REWARD_SA)
+    for state in sorted(NUMBERS, key=len, reverse=True):
+        for a in range(4):
+            after = NUMBERS.get((*state, a))
+            q_SA[NUMBERS[state], a] = REWARD_SA[NUMBERS[state], a] + (0.0 if after is None else value[after])
+        value[NUMBERS[state]] = np.logaddexp.reduce(q_SA[NUMBERS[state]])
     return np.exp(q_SA - value[:, None])
 
 
+def implied(lm: Any) -> np.ndarray:
+    """What the logits imply, (state, action)."""
+    tokens = tuple(tuple(ACTIONS[a] for a in text) for text in EVERY)
+    seen = score(lm, [Group(PROMPT, tokens, tuple(range(len(EVERY))))], budget=4096, totals=True)
+    assert seen.total_BT is not None
+    after_BT = torch.cat([seen.total_BT[:, 1:], torch.zeros(len(EVERY), 1)], 1)
+    found_SA = np.zeros_like(REWARD_SA)
+    for text, row in zip(EVERY, (seen.logp_BT + seen.total_BT - after_BT).tolist(), strict=True):
+        for t, a in enumerate(text):
+            found_SA[NUMBERS[text[:t]], a] = row[t]
+    return found_SA
+
+
 def test_the_reward_behind_demonstrations_is_recovered_through_the_learner(load_tiny: Callable[[str], Any]) -> None:
-    """Whole weights of a tiny model, 300 texts; what the logits imply against the reward, shaping taken out.
+    """About a hundred texts in the demonstrator's shares, whole weights of a tiny model; shaping taken out.
 
     With the penalty the rewards as they stand are small, too; without it the logits' level is anything.
     """
-    numbers, reward_SA = tree()
-    policy_SA = demonstrator(numbers, reward_SA)
-    draw = np.random.default_rng(0)
-    texts: list[tuple[int, ...]] = []
-    for _ in range(300):
-        text: tuple[int, ...] = ()
-        while len(text) < DEPTH:
-            text = (*text, int(draw.choice(3, p=policy_SA[numbers[text]])))
-        texts.append(text)
-    tokens = [tuple(ACTIONS[a] for a in text) for text in texts]
-    none = tuple((0.0,) * DEPTH for _ in tokens)
-    found = {}
-    for weight in (0.0, 0.02):
+    policy_SA = demonstrator()
+    shares = [np.prod([policy_SA[NUMBERS[text[:t]], a] for t, a in enumerate(text)]) for text in EVERY]
+    texts = [text for text, share in zip(EVERY, shares, strict=True) for _ in range(max(1, round(100 * share)))]
+    none = ((0.0,) * DEPTH,) * len(texts)
+    shown = TrainGroup(PROMPT, tuple(tuple(ACTIONS[a] for a in text) for text in texts), none, none, none)
+    state = np.arange(len(NUMBERS)).repeat(4)
+    after = [NUMBERS.get((*s, a), -1) for s in NUMBERS for a in range(4)]
+    bare = lambda r_SA: without_shaping(r_SA.ravel(), state, after, gamma=1.0)  # noqa: E731
+    sizes = []
+    for weight in (0.0, 0.01):
         lm = load_tiny("llama")
-        learner = Learner(lm, attach_full(lm.model), learning_rate=3e-3)
-        group = TrainGroup(PROMPT, tuple(tokens), none, none, none)
-        for step in range(60):
-            learner.step([group], InverseQ(weight), scale=1.0 - step / 60)
-        every = list(itertools.product(range(3), repeat=DEPTH))
         with torch.no_grad():
-            seen = score(
-                lm, [Group(PROMPT, tuple(tuple(ACTIONS[a] for a in t) for t in every), tuple(range(27)))],
-                budget=4096, totals=True,
-            )  # fmt: skip
-        assert seen.total_BT is not None
-        after_BT = torch.cat([seen.total_BT[:, 1:], torch.zeros(27, 1)], 1)
-        implied_BT = (seen.logp_BT + seen.total_BT - after_BT).numpy()
-        implied_SA = np.zeros_like(reward_SA)
-        for text, row in zip(every, implied_BT, strict=True):
-            for t, a in enumerate(text):
-                implied_SA[numbers[text[:t]], a] = row[t]
-        state = np.arange(len(numbers)).repeat(3)
-        after = [numbers.get((*s, a), -1) for s in numbers for a in range(3)]
-        truth, got = (without_shaping(r.ravel(), state, after, gamma=1.0) for r in (reward_SA, implied_SA))
-        found[weight] = (np.corrcoef(truth, got)[0, 1], reward_distance(truth, got), np.abs(implied_SA).mean())
-    print(found)
-    assert found[0.02][0] > 0.9 and found[0.0][0] > 0.9
-    assert found[0.02][2] < 0.5 * found[0.0][2]
+            lm.head_VD.mul_(4.0)  # its frozen head could not be sure of anything
+        learner = Learner(lm, attach_full(lm.model), learning_rate=1e-2)
+        for step in range(60):
+            learner.step([shown], InverseQ(weight), scale=1.0 - step / 60)
+        implied_SA = implied(lm)
+        assert np.corrcoef(bare(REWARD_SA), bare(implied_SA))[0, 1] > 0.9
+        sizes.append(np.abs(implied_SA).mean())
+    assert sizes[1] < 0.75 * sizes[0]

@@ -235,9 +235,7 @@ def test_asking_for_totals_changes_no_bit_of_the_log_probabilities(load_tiny: Ca
     assert gap(steps[0][1] * 26, steps[2][1] * rows) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "objective", [Grpo(), Rloo(), Supervised(), Weighted(), InverseQ(0.1)], ids=lambda o: o.name
-)
+@pytest.mark.parametrize("objective", [Grpo(), Rloo(), Supervised(), Weighted(), InverseQ(0.1)], ids=lambda o: o.name)
 def test_the_micro_batch_budget_does_not_change_the_result(objective: Any, load_tiny: Callable[[str], Any]) -> None:
     results, metrics = [], []
     for budget in (32, 4096, 1):
