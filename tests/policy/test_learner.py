@@ -170,7 +170,7 @@ def plain_twin(lm: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.Tensor]]
 class Curious:
     """Wants the totals and does nothing with them."""
 
-    inner: Any = InverseQ(0.0)
+    inner: Any
     name: str = "curious"
     wants_totals: bool = True
 
@@ -224,7 +224,7 @@ def test_asking_for_totals_changes_no_bit_of_the_log_probabilities(load_tiny: Ca
     steps = []
     ones = tuple(tuple((1.0,) * len(c) for c in g.completions) for g in GROUPS)
     alike = [dataclasses.replace(g, advantage=one) for g, one in zip(GROUPS, ones, strict=True)]
-    for objective in (InverseQ(0.0), Curious(), Supervised()):
+    for objective in (InverseQ(0.0), Curious(InverseQ(0.0)), Supervised()):
         metrics = learner.step(alike, objective, scale=0.0)
         steps.append((metrics, torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])))
     assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-5)

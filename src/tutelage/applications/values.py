@@ -68,7 +68,7 @@ class Asker:
             raise RecipeError(f"{questions} questions", expected="at least 1", fix="leave it out for 30")
         if not path.parent.is_dir():
             raise InputError(f"{path} cannot be written", expected="a file in a folder that exists", fix="make it")
-        self.bank, self.path, self.annotator, self.questions, self.prior = bank, path, annotator, questions, prior
+        self.bank, self.path, self.annotator, self.prior = bank, path, annotator, prior
         self.labels = path.with_suffix(".labels.jsonl")
         others = {one.annotator for one in read_labels(self.labels)} - {annotator}
         if others:
@@ -80,6 +80,7 @@ class Asker:
         self._row = {task.id: n for n, task in enumerate(bank.tasks)}
         self._delta_NK = bank.first_NK - bank.second_NK
         self._open = plausible(self._delta_NK)
+        self.questions = min(questions, int(self._open.sum()))
         order = sorted(range(len(bank.tasks)), key=lambda n: content_hash([seed, bank.tasks[n].id]))
         self._shuffled = [n for n in order if self._open[n]] if how == "random" else None
         self._seen: tuple[str, ValuePosterior] | None = None

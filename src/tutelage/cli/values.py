@@ -67,7 +67,7 @@ def ask(
         asker = application.Asker(bank, out, annotator=str(annotator), **rules)
         asker.keep(asker.answered())
         told = hold(
-            bank.tasks, asker.labels, annotator=str(annotator), seed=seed, choose=asker.next, goal=questions,
+            bank.tasks, asker.labels, annotator=str(annotator), seed=seed, choose=asker.next, goal=asker.questions,
             kept=asker.keep,
         )  # fmt: skip
     found = application.show(out)

@@ -97,8 +97,6 @@ class Recipe(Section):
             raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
         if shown and self.controller.enabled:
             raise ValueError("a controller steers the model as it is: leave demonstrations.file out")
-        if not shown and self.demonstrations != Demonstrations():
-            raise ValueError("[demonstrations] is not read without demonstrations.file")
         if self.supervised.adapter and not self.supervised.enabled:
             raise ValueError("supervised.adapter stands in for the supervised stage, and supervised.enabled is false")
         if self.supervised.adapter and self.controller.enabled:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ _REPLIES = ("response", "completion", "reply")
 _SPEAKERS = ("assistant", "gpt")
 
 
-def read_demonstrations(path: Path, *, limit: int | None = None) -> list[Demonstration]:
+def read_demonstrations(path: Path) -> list[Demonstration]:
     """Read demonstrations; one prompt may have several.
 
     Args:
         path: A .jsonl, .ndjson or .json file, one object a line, in one of the forms above.
-        limit: Only the first N.
 
     Returns:
         One or more, in file order; their prompts are called `demo-` and the number of the line.
@@ -37,7 +35,7 @@ def read_demonstrations(path: Path, *, limit: int | None = None) -> list[Demonst
     """
     check_path(path, (".jsonl", ".ndjson", ".json"))
     found = []
-    for number, fields in itertools.islice(json_rows(path), limit):
+    for number, fields in json_rows(path):
         place = f"{path}, line {number}"
         key = next((k for k in _REPLIES if fields.get(k) is not None), None)
         fields, said = (dict(fields), fields[key]) if key else _taken_off(place, fields)
