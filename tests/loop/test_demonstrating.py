@@ -12,10 +12,15 @@ import torch
 from tests.tiny_world import World, write_lines
 
 from tutelage.config import Demonstrations, Recipe
+from tutelage.engines import weights
+from tutelage.engines.load import load_model
 from tutelage.engines.packing import Group
 from tutelage.objectives.inverse import InverseQ, without_shaping
+from tutelage.objectives.supervised import Supervised
 from tutelage.policy.full import attach_full
 from tutelage.policy.learner import Learner, TrainGroup, score
+from tutelage.policy.lora import attach
+from tutelage.records import Message, Prompt
 
 pytest_plugins = ["tests.tiny_world"]
 
@@ -115,6 +120,32 @@ def test_a_controller_and_demonstrations_exclude_each_other() -> None:
     with pytest.raises(ValueError, match=r"leave demonstrations\.file out"):
         Recipe.model_validate(shown | {"controller": {"enabled": True}})
     Recipe.model_validate(shown | {"supervised": {"enabled": False}, "update": {"rounds": 0}})
+
+
+@pytest.mark.skipif(not weights.have(weights.EMBEDDED_POLICY), reason="needs the embedded model: run `tutelage fetch`")
+def test_on_the_embedded_model_weight_zero_is_supervised_learning() -> None:
+    """The whole vocabulary of 49,152, in float32: a mean over the step's tokens instead of its rows."""
+    lm = load_model(weights.EMBEDDED_POLICY, device="cpu", dtype="float32")
+    adapter = attach(lm.model, rank=2, alpha=4.0, seed=1, first_layer=28)
+    learner = Learner(lm, adapter, learning_rate=1e-3)
+    shown = []
+    for n, row in enumerate(SHOWN[:2]):
+        reply = lm.encode_reply(row["response"])
+        ones = ((1.0,) * len(reply),)
+        prompt = lm.encode(Prompt(f"p{n}", (Message("user", row["prompt"]),)))
+        shown.append(TrainGroup(prompt, (reply,), ones, ones, ones))
+    tokens = sum(len(g.completions[0]) for g in shown)
+    learner.step(shown, Supervised())
+    found = []
+    for objective in (InverseQ(0.0), Supervised(), InverseQ(0.001)):
+        metrics = learner.step(shown, objective, scale=0.0)
+        slope = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+        found.append((metrics, slope))
+    (mean, ours), (summed, theirs), (pulled, other) = found
+    assert mean["nll"] == summed["nll"] and mean["loss"] * tokens == pytest.approx(summed["loss"] * 2, rel=1e-5)
+    assert float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0)) > 0.99999
+    assert pulled["loss"] == pytest.approx(pulled["nll"] + 0.001 * pulled["penalty"], rel=1e-5)
+    assert float(torch.nn.functional.cosine_similarity(ours, other, dim=0)) < 0.99999
 
 
 # ---- a reward that is known: all texts of two tokens out of four, and their soft-optimal demonstrator ----
