@@ -325,6 +325,12 @@ def test_the_commented_recipe_is_the_built_in_one_with_all_keys() -> None:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "demonstrations": {
+        "supervised.enabled": False,
+        "demonstrations.file": "my-replies.jsonl",
+        "demonstrations.weight": 0.003,
+        "update.rounds": 0,
+    },
     "rloo": {"update.objective": "rloo"},
     "uniform-credit": {"credit.method": "uniform"},
     "reinforce": {"update.objective": "reinforce"},

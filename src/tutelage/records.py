@@ -16,6 +16,7 @@ __all__ = [
     "Answer",
     "Cost",
     "Decision",
+    "Demonstration",
     "Engine",
     "Evidence",
     "Generation",
@@ -251,12 +252,20 @@ class Reward:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A conversation with the reply that the user wants, whole to its end."""
+
+    prompt: Prompt
+    reply: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """A text to imitate in the supervised stage, with where it came from."""
+    """A text to imitate, with where it came from."""
 
     prompt_id: str
     text: str
-    origin: Literal["own", "revised"]
+    origin: Literal["own", "revised", "demonstration"]
     principle: str
     reason: str
     weight: float = 1.0

@@ -217,7 +217,7 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 # objectives in tests/loop/test_choice.py, the controller's in tests/loop/test_controlling.py, the lower bound of weights in tests/objectives/test_divergence.py.
 ELSEWHERE = {
     "feedback.allow_refused", "feedback.anchors", "feedback.anchor_every", "judges", "model.device", "model.hub", "sampling.server", "supervised.adapter",
-    "supervised.anchor", "update.importance_low", *(key for key in all_keys() if key.startswith(("objective.", "controller."))),
+    "supervised.anchor", "update.importance_low", *(key for key in all_keys() if key.startswith(("objective.", "controller.", "demonstrations."))),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tutelage.engines.attention import AttentionPlan, attention_plan
 from tutelage.engines.batch import Batch, Loss
 from tutelage.engines.packing import Group
 from tutelage.errors import TrainingError
+from tutelage.objectives.inverse import InverseQ, inverse_q
 from tutelage.objectives.policy_gradient import Grpo, Rloo
 from tutelage.objectives.supervised import Supervised
 from tutelage.policy.learner import Learner, TrainGroup, score
@@ -165,7 +166,76 @@ def plain_twin(lm: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.Tensor]]
     return twin, factors
 
 
-@pytest.mark.parametrize("objective", [Grpo(), Rloo(), Supervised(), Weighted()], ids=lambda o: o.name)
+@dataclasses.dataclass(frozen=True)
+class Curious:
+    """Wants the totals and does nothing with them."""
+
+    inner: Any
+    name: str = "curious"
+    wants_totals: bool = True
+
+    def __call__(self, batch: Batch) -> Loss:
+        assert batch.total_BT is not None
+        return self.inner(dataclasses.replace(batch, total_BT=None))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("budget", [16, 4096])
+def test_inverse_q_in_chunks_is_the_plain_function_on_whole_logits(
+    weight: float, budget: int, architecture: str, load_tiny: Callable[[str], Any]
+) -> None:
+    """Loss, penalty and implied rewards to 1e-4; the factors' gradients within a cosine of 0.9999."""
+    lm, adapter, learner = fresh(load_tiny, architecture, budget=budget)
+    learner.step(GROUPS, Weighted())  # so that neither factor is zero
+    twin, factors = plain_twin(lm, adapter)
+    rows = [(g.prompt, c) for g in GROUPS for c in g.completions]
+    width = max(len(c) for _, c in rows)
+    logits_BTV = torch.stack([
+        torch.nn.functional.pad(
+            twin(torch.tensor([p + c]), use_cache=False).logits[0, len(p) - 1 : -1], (0, 0, 0, width - len(c))
+        )
+        for p, c in rows
+    ])  # fmt: skip
+    tokens = torch.tensor([[*c, *([0] * (width - len(c)))] for _, c in rows])
+    keep = torch.tensor([[1.0] * len(c) + [0.0] * (width - len(c)) for _, c in rows])
+    exact = inverse_q(logits_BTV, tokens, keep, weight=weight, gamma=0.9)
+    grads = torch.autograd.grad(exact.value, list(factors.values()))
+    seen = score(lm, numbered(), budget=budget, totals=True)
+    assert seen.total_BT is not None
+    got = learner.step(GROUPS, InverseQ(weight, 0.9), scale=0.0)
+    assert got["loss"] == pytest.approx(float(exact.value.detach()), abs=1e-4, rel=1e-4)
+    assert got["nll"] == pytest.approx(exact.nll, abs=1e-4)
+    if weight:
+        assert got["penalty"] == pytest.approx(exact.penalty, abs=1e-4, rel=1e-4)
+        assert got["implied_reward"] == pytest.approx(float(exact.reward_BT.nanmean()), abs=1e-4, rel=1e-4)
+        assert gap(seen.total_BT, logits_BTV.logsumexp(-1) * keep) < 1e-4
+    ours = torch.cat([adapter.layers[path].lora_b.grad.flatten() for path in factors])  # type: ignore[union-attr]
+    theirs = torch.cat([grad.flatten() for grad in grads])
+    assert float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0)) > 0.9999
+    assert float(ours.norm()) == pytest.approx(float(theirs.norm()), rel=1e-3)
+
+
+def test_asking_for_totals_changes_no_bit_of_the_log_probabilities(load_tiny: Callable[[str], Any]) -> None:
+    """And without a penalty inverse Q is supervised learning, a mean over tokens instead of rows."""
+    lm, adapter, learner = fresh(load_tiny)
+    learner.step(GROUPS, Weighted())
+    plain, curious = (score(lm, numbered(), budget=64, totals=totals) for totals in (False, True))
+    assert torch.equal(plain.logp_BT, curious.logp_BT) and plain.total_BT is None
+    steps = []
+    ones = tuple(tuple((1.0,) * len(c) for c in g.completions) for g in GROUPS)
+    alike = [dataclasses.replace(g, advantage=one) for g, one in zip(GROUPS, ones, strict=True)]
+    for objective in (InverseQ(0.0), Curious(InverseQ(0.0)), Supervised()):
+        metrics = learner.step(alike, objective, scale=0.0)
+        steps.append((metrics, torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])))
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-5)
+    rows = sum(len(g.completions) for g in GROUPS)
+    assert steps[0][0]["nll"] == steps[2][0]["nll"]
+    assert steps[0][0]["loss"] * 26 == pytest.approx(steps[2][0]["loss"] * rows, rel=1e-5)
+    assert gap(steps[0][1], steps[1][1]) < 1e-5
+    assert gap(steps[0][1] * 26, steps[2][1] * rows) < 1e-4
+
+
+@pytest.mark.parametrize("objective", [Grpo(), Rloo(), Supervised(), Weighted(), InverseQ(0.1)], ids=lambda o: o.name)
 def test_the_micro_batch_budget_does_not_change_the_result(objective: Any, load_tiny: Callable[[str], Any]) -> None:
     results, metrics = [], []
     for budget in (32, 4096, 1):

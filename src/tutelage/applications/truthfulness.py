@@ -22,11 +22,13 @@ from tutelage.feedback.critic import ACTS, KINDS, Critic, LabelledText, directio
 from tutelage.feedback.panel import Panel
 from tutelage.feedback.roster import open_judge
 from tutelage.loop.bench import Workbench, derive_seed
+from tutelage.loop.demonstrating import check_room
 from tutelage.loop.improve import Result, improve
 from tutelage.loop.versions import adapter_of
 from tutelage.policy.full import FullWeights
 from tutelage.policy.lora import Adapter
-from tutelage.records import PreferencePair, Progress, Prompt, SuiteItem, content_hash
+from tutelage.records import Demonstration, PreferencePair, Progress, Prompt, SuiteItem, content_hash
+from tutelage.store.demonstrations import read_demonstrations
 from tutelage.store.ledger import Unit
 from tutelage.store.pairs import read_pairs
 from tutelage.store.prompts import read_prompts, read_suite
@@ -39,7 +41,7 @@ _AIMING = 2500
 # Counts up when the way a critic is trained changes: an older cached one must not be taken.
 _CRITIC_REVISION = 8
 
-__all__ = ["Beginning", "begin", "inputs", "labelled", "play", "principles_note", "set_up"]
+__all__ = ["Beginning", "begin", "demonstrations_of", "inputs", "labelled", "play", "principles_note", "set_up"]
 
 
 def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteItem], Constitution]:
@@ -57,6 +59,9 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     constitution = load_constitution(data_file(recipe.feedback.constitution, suffix="constitutions/*.toml"))
     labelled(recipe)
     anchors_of(recipe)
+    shown = [one.prompt for one in demonstrations_of(recipe)]
+    _apart(shown, gate, p.gate)
+    _apart(shown, heldout, p.heldout)
     if recipe.supervised.adapter and not Path(recipe.supervised.adapter).is_dir():
         raise InputError(
             f"supervised.adapter is {recipe.supervised.adapter}, which is no folder",
@@ -74,6 +79,16 @@ def anchors_of(recipe: Recipe) -> list[PreferencePair]:
     """
     source = recipe.feedback.anchors
     return read_pairs(data_file(source, suffix="judges/*.jsonl")) if source else []
+
+
+def demonstrations_of(recipe: Recipe) -> list[Demonstration]:
+    """What the user shows; nothing by default.
+
+    Raises:
+        InputError: The file is missing or broken.
+    """
+    source = recipe.demonstrations.file
+    return read_demonstrations(Path(source).expanduser()) if source else []
 
 
 def _apart(train: Sequence[Prompt], suite: Sequence[SuiteItem], name: str) -> None:
@@ -117,7 +132,9 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
     panel = Panel(recipe.feedback, constitution, encoder, critic)
     own = (recipe.model.name, lm, adapter.off)  # a judge that is the policy's start model shares its weights
     judges = [open_judge(j, constitution, answers=answers_file(), own=own, say=progress.say) for j in recipe.judges]
-    return Workbench(run, lm, adapter, panel, progress, judges, anchors=anchors_of(recipe))
+    return Workbench(
+        run, lm, adapter, panel, progress, judges, anchors=anchors_of(recipe), demonstrations=demonstrations_of(recipe)
+    )
 
 
 def _critic(
@@ -176,6 +193,7 @@ def begin(run: Run, progress: Progress) -> Beginning:
     bench = set_up(run, constitution, progress)
     content = any(name != "text" for name in run.recipe.feedback.judges)
     known = refuse_untrusted(bench.judges, others=content, allowed=run.recipe.feedback.allow_refused)
+    check_room(bench, bench.demonstrations)
     for prompt in [*train, *(item.prompt for item in (*gate, *heldout))]:
         bench.encode(prompt)  # one that is too long is refused
     return Beginning(train, gate, heldout, constitution, bench, known)

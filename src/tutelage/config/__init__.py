@@ -23,6 +23,7 @@ from tutelage.config.sections import (
     JUDGE_KINDS,
     Constraint,
     Credit,
+    Demonstrations,
     Feedback,
     Gate,
     Judge,
@@ -44,6 +45,7 @@ __all__ = [
     "Constraint",
     "Controller",
     "Credit",
+    "Demonstrations",
     "Feedback",
     "Gate",
     "Judge",
@@ -79,6 +81,7 @@ class Recipe(Section):
     credit: Credit = Credit()
     lora: Lora = Lora()
     supervised: Supervised = Supervised()
+    demonstrations: Demonstrations = Demonstrations()
     update: Update = Update()
     objective: Objective = Objective()
     controller: Controller = Controller()
@@ -89,8 +92,11 @@ class Recipe(Section):
     def _makes_sense(self) -> Recipe:
         if self.controller.enabled and not self.sampling.exact:
             raise ValueError("controller.enabled needs sampling in this process: neither sampling.int8 nor a server")
-        if not self.controller.enabled and not self.supervised.enabled and self.update.rounds == 0:
+        shown = bool(self.demonstrations.file)
+        if not self.controller.enabled and not self.supervised.enabled and not shown and self.update.rounds == 0:
             raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
+        if shown and self.controller.enabled:
+            raise ValueError("a controller steers the model as it is: leave demonstrations.file out")
         if self.supervised.adapter and not self.supervised.enabled:
             raise ValueError("supervised.adapter stands in for the supervised stage, and supervised.enabled is false")
         if self.supervised.adapter and self.controller.enabled:

@@ -13,6 +13,7 @@ __all__ = [
     "JUDGE_KINDS",
     "Constraint",
     "Credit",
+    "Demonstrations",
     "Feedback",
     "Gate",
     "Judge",
@@ -185,6 +186,17 @@ class Supervised(Section):
     learning_rate: Positive = Field(1e-3, description="peak, after a short warm-up, then linear decay")
     batch: Count = Field(8, description="targets a step")
     anchor: float = Field(5.0, ge=0.0, description="weight of the KL to the start on kept answers; 0 imitates them")
+
+
+class Demonstrations(Section):
+    """Replies of your own to learn from, in a stage after the supervised one, or instead of it."""
+
+    file: str = Field("", description="JSONL of prompts with the reply that is wanted; empty: no such stage")
+    epochs: Count = Field(2, description="passes over the file")
+    learning_rate: Positive = Field(3e-4, description="peak, after a short warm-up, then linear decay")
+    batch: Count = Field(8, description="demonstrations a step")
+    weight: float = Field(0.0, ge=0.0, description="of the inverse soft-Q penalty; 0 is maximum likelihood alone")
+    gamma: Fraction = Field(1.0, description="discount of the reward that the logits imply")
 
 
 class Update(Section):

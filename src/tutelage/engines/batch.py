@@ -28,6 +28,8 @@ class Batch:
         value_BT: What the value head expects from before each token on; carries a gradient. None without one.
         old_value_BT: The same when the replies were judged.
         return_BT: What came of it, which the value head learns.
+        total_BT: Logsumexp of the logits that each token was chosen from; carries a gradient. None unless the
+            objective has a `wants_totals` that is true.
     """
 
     logp_BT: torch.Tensor
@@ -42,6 +44,7 @@ class Batch:
     value_BT: torch.Tensor | None = None
     old_value_BT: torch.Tensor | None = None
     return_BT: torch.Tensor | None = None
+    total_BT: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,8 @@ class Label:
         seconds: From showing the task to the answer; None where nobody measured it.
         at: When, as UTC in ISO 8601; empty where unknown.
         note: What the person wrote beside it.
+        log_odds: How sure, in nats, that the first candidate of the file is better; None for people, who
+            do not say.
     """
 
     task: str
@@ -102,6 +104,7 @@ class Label:
     seconds: float | None = None
     at: str = ""
     note: str = ""
+    log_odds: float | None = None
 
 
 def now() -> str:
@@ -185,6 +188,9 @@ def parse_label(place: str, line: Mapping[str, Any]) -> Label:
     wrong += [] if whole else ["order"]
     timed = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < math.inf
     wrong += [] if timed or seconds is None else ["seconds"]
+    sure = line.get("log_odds")
+    odds = isinstance(sure, int | float) and not isinstance(sure, bool) and math.isfinite(sure)
+    wrong += [] if odds or sure is None else ["log_odds"]
     if wrong:
         raise InputError(
             f"{place} is no label: {', '.join(wrong)} missing or wrong",

@@ -28,7 +28,7 @@ from tutelage.policy.learner import Learner, Scores, score
 from tutelage.policy.lora import Adapter
 from tutelage.policy.moments import moments_of, take_moments
 from tutelage.policy.values import ValueHead
-from tutelage.records import Generation, PreferencePair, Progress, Prompt, content_hash
+from tutelage.records import Demonstration, Generation, PreferencePair, Progress, Prompt, content_hash
 from tutelage.store.runs import Run
 
 __all__ = ["Silent", "Workbench", "derive_seed"]
@@ -67,6 +67,7 @@ class Workbench:
     judges: Sequence[ComparingJudge] = ()
     watched: Sequence[Prompt] = ()
     anchors: Sequence[PreferencePair] = ()
+    demonstrations: Sequence[Demonstration] = ()
     anchored: dict[str, Anchored] = dataclasses.field(default_factory=dict)
     trust: dict[str, float] = dataclasses.field(default_factory=dict)
     baselines: dict[str, float] = dataclasses.field(default_factory=dict)

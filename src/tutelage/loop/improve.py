@@ -1,4 +1,4 @@
-"""A run: start, supervised stage, rounds, gate, final measurement. Each is a unit that can be repeated.
+"""A run: start, supervised stage, demonstrations, rounds, gate, final measurement. Each is a unit that can be repeated.
 
 After a crash the run goes on with the first unit that the ledger does not hold. Everything a unit
 does follows from the last checkpoint and from seeds derived from the unit's own name, so a resumed
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tutelage.errors import NothingToLearn, StoreError, TrainingError
 from tutelage.loop.bench import Workbench
+from tutelage.loop.demonstrating import demonstrate
 from tutelage.loop.evaluate import Answers, compare, evaluate
 from tutelage.loop.gates import honesty_gate
 from tutelage.loop.round import play_round
@@ -157,6 +158,10 @@ def _learn(session: _Session, done: set[str]) -> None:
             else:
                 _supervised_stage(session, unit)
             bench.save("r0")
+    if bench.demonstrations and "demonstrations" not in done:
+        with session.unit("demonstrations", "demonstrations") as unit:
+            demonstrate(bench, bench.demonstrations, unit)
+            bench.save("d0")
     for number in range(1, recipe.update.rounds + 1):
         name = f"round-{number}"
         if name in done:

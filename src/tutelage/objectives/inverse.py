@@ -11,11 +11,13 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from tutelage.engines.batch import Batch, Loss
 from tutelage.errors import InputError, RecipeError
 
 __all__ = [
     "ChoiceFit",
     "InverseLoss",
+    "InverseQ",
     "choice_gradient",
     "fit_choices",
     "inverse_q",
@@ -118,6 +120,40 @@ def inverse_q_parts(
     penalty = torch.where(known_BT, reward_BT, 0.0).square().sum() / known_BT.sum().clamp_min(1)
     shown_BT = torch.where(known_BT, reward_BT.detach(), math.nan)
     return InverseLoss(nll + weight * penalty, float(nll.detach()), float(penalty.detach()), shown_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseQ:
+    """`inverse_q` as the learner's objective: one part of a step, of demonstrations that all reached their end.
+
+    Objective: mean over the step's tokens of -log pi(y_t | s_t) + weight * r_t^2, with r_t = Q(s_t, y_t) -
+    gamma V(s_(t+1)).
+    Difference: `Supervised` sums over each reply, so that long ones weigh more, and has no penalty; with
+    weight 0 this is its mean over tokens, and the totals are not asked for.
+    Assumption: as `inverse_q`; besides, no demonstration was cut off.
+    Source: Wulfmeier et al. 2024 (arXiv 2409.01369); Garg et al. 2021, IQ-Learn (arXiv 2106.12142), algorithm 1.
+    """
+
+    weight: float
+    gamma: float = 1.0
+    name: str = "demonstrations"
+
+    @property
+    def wants_totals(self) -> bool:
+        """The penalty alone needs each token's logsumexp."""
+        return self.weight > 0.0
+
+    def __call__(self, batch: Batch) -> Loss:
+        """Loss of one part of a step."""
+        kept = float(batch.keep_BT.sum())
+        if batch.total_BT is None:
+            nll = -(batch.logp_BT * batch.keep_BT).sum()
+            return Loss(nll / batch.tokens_in_step, {"nll": float(nll.detach()), "tokens": kept})
+        found = inverse_q_parts(batch.logp_BT, batch.total_BT, batch.keep_BT, weight=self.weight, gamma=self.gamma)
+        sums = {"nll": found.nll, "penalty": found.penalty, "implied_reward": float(found.reward_BT.nanmean())}
+        return Loss(
+            found.value * (kept / batch.tokens_in_step), {k: v * kept for k, v in sums.items()} | {"tokens": kept}
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import TrainingError
 from tutelage.policy.merged import MergedLayers
 from tutelage.policy.values import ValueHead
-from tutelage.policy.vocabulary import drift, logps
+from tutelage.policy.vocabulary import drift, logps, logps_and_totals
 
 __all__ = ["Learner", "Scores", "TrainGroup", "padded", "score"]
 
@@ -39,6 +39,7 @@ class Scores:
         attention_BT: Last layer's attention of a completion's last token over its own tokens,
             averaged over heads (zero elsewhere), or None when not asked for.
         value_BT: What a value head expects before each token, or None without one.
+        total_BT: Logsumexp of the logits that each token was chosen from, or None when not asked for.
     """
 
     logp_BT: torch.Tensor
@@ -47,6 +48,7 @@ class Scores:
     prompt_PD: torch.Tensor
     attention_BT: torch.Tensor | None
     value_BT: torch.Tensor | None = None
+    total_BT: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -58,11 +60,12 @@ def score(
     attention: bool = False,
     temperature: float = 1.0,
     values: ValueHead | None = None,
+    totals: bool = False,
 ) -> Scores:
     """Log-probabilities, features and attention of completions, each prompt computed once.
 
     Rows are numbered by the groups' `rows`, which must be 0..B-1. `temperature` divides the logits,
-    so that a tempered sampler's log-probs are met. `values` reads the same states.
+    so that a tempered sampler's log-probs are met. `values` reads the same states; `totals` asks for `total_BT`.
     """
     rows = sum(len(g.rows) for g in groups)
     width = max((len(c) for g in groups for c in g.completions), default=1)
@@ -70,6 +73,7 @@ def score(
     keep_BT = torch.zeros(rows, width)
     weight_BT = torch.zeros(rows, width) if attention else None
     value_BT = torch.zeros(rows, width) if values is not None else None
+    total_BT = torch.zeros(rows, width) if totals else None
     features = lm.head_VD.shape[1]
     reply_BD = torch.zeros(rows, features)
     prompts: list[torch.Tensor] = []
@@ -84,7 +88,12 @@ def score(
         if not part.spans:
             continue
         source = hidden[part.source_N.to(lm.device)] / temperature
-        flat = logps(source, lm.head_VD, part.target_N.to(lm.device))
+        target = part.target_N.to(lm.device)
+        if total_BT is not None:
+            flat, sums = logps_and_totals(source, lm.head_VD, target)
+            total_BT[part.row_N, part.column_N] = sums.cpu()
+        else:
+            flat = logps(source, lm.head_VD, target)
         logp_BT[part.row_N, part.column_N] = flat.cpu()
         if values is not None and value_BT is not None:
             value_BT[part.row_N, part.column_N] = values(source).cpu()
@@ -94,7 +103,7 @@ def score(
             if weight_BT is not None and plan.recorded_NT is not None:
                 weight_BT[row, : last + 1 - first] = plan.recorded_NT[n, first : last + 1].cpu()
     prompt_PD = torch.cat(prompts) if prompts else torch.zeros(0, features)
-    return Scores(logp_BT, keep_BT, reply_BD, prompt_PD, weight_BT, value_BT)
+    return Scores(logp_BT, keep_BT, reply_BD, prompt_PD, weight_BT, value_BT, total_BT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +187,12 @@ class Learner:
         tokens = sum(len(c) for g in groups for c in g.completions)
         tables = _tables(groups)
         named = _numbered(groups)
+        totals = bool(getattr(objective, "wants_totals", False))
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         with torch.enable_grad():
             for part in pack(named, budget=self.budget):
-                batch = self._batch(part, tables, rows, tokens, temperature)
+                batch = self._batch(part, tables, rows, tokens, temperature, totals)
                 loss = objective(batch)
                 if not torch.isfinite(loss.value):
                     raise TrainingError(
@@ -216,7 +226,15 @@ class Learner:
         whole = sums.pop("loss", 0.0)
         return {k: v / max(counted, 1.0) for k, v in sums.items()} | {"loss": whole} | norms
 
-    def _batch(self, part: Pack, tables: dict[str, torch.Tensor], rows: int, tokens: int, temperature: float) -> Batch:
+    def _batch(
+        self,
+        part: Pack,
+        tables: dict[str, torch.Tensor],
+        rows: int,
+        tokens: int,
+        temperature: float,
+        totals: bool,
+    ) -> Batch:
         device, lm = self.lm.device, self.lm
         plan = AttentionPlan(tree=part.tree.to(device))
         first = part.rows[0]  # rows of a pack are consecutive, since groups keep their order
@@ -224,7 +242,12 @@ class Learner:
         row, column = part.row_N.to(device) - first, part.column_N.to(device)
         source = part.source_N.to(device)
         hidden = _hidden(lm, part, plan)[source] / temperature
-        flat = logps(hidden, lm.head_VD, part.target_N.to(device))
+        total = None
+        if totals:
+            flat, sums = logps_and_totals(hidden, lm.head_VD, part.target_N.to(device))
+            total = torch.zeros_like(cut["keep"]).index_put((row, column), sums)
+        else:
+            flat = logps(hidden, lm.head_VD, part.target_N.to(device))
         logp = torch.zeros_like(cut["keep"]).index_put((row, column), flat)
         divergence = torch.zeros_like(logp)
         held = cut["anchor"][row, column] > 0
@@ -237,7 +260,7 @@ class Learner:
             value = torch.zeros_like(logp).index_put((row, column), self.values(hidden))
         return Batch(
             logp, cut["keep"], cut["old"], cut["ref"], cut["advantage"], rows, tokens, cut["anchor"], divergence,
-            value, cut.get("old_value"), cut.get("returns"),
+            value, cut.get("old_value"), cut.get("returns"), total,
         )  # fmt: skip
 
 

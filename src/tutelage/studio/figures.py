@@ -165,6 +165,14 @@ _SPECS = (
         "nats a token", (("nll", "negative log-likelihood"),),
     ),
     _Spec(
+        "demonstrations", "Surprise at the demonstrations", "How unlikely the model finds what the user showed.",
+        "nats a token", (("nll", "negative log-likelihood"),),
+    ),
+    _Spec(
+        "demonstrations", "Reward that the logits imply", "Mean over demonstrated tokens, with the inverse-Q penalty.",
+        "nats", (("implied_reward", "implied reward"),), main=False,
+    ),
+    _Spec(
         "gate", "Gate suite by version", "What the gate measured on its own questions.", "share of questions",
         (("made_up_unanswerable", "made up"), ("correct_answerable", "right answers"),
          ("abstained_answerable", "withheld"), ("asked_back_ambiguous", "asked back")), share=True,
@@ -211,6 +219,7 @@ _X_TITLES = {
     "rollout": "batch of replies",
     "update": "optimiser step",
     "supervised": "optimiser step",
+    "demonstrations": "optimiser step",
     "gate": "version",
 }
 

@@ -36,7 +36,7 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
     Raises:
         InputError, RecipeError, ModelError: A file or the model is missing or broken.
     """
-    from tutelage.applications.truthfulness import inputs, labelled
+    from tutelage.applications.truthfulness import demonstrations_of, inputs, labelled
 
     train, gate, heldout, constitution = inputs(recipe)
     shape = _shape(recipe)
@@ -44,9 +44,12 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
     prompts = min(u.prompts, len(train))
     looked = len(train) * s.samples if s.enabled and not s.adapter else 0
     rolled = u.rounds * prompts * u.samples
+    d, shown = recipe.demonstrations, len(demonstrations_of(recipe))
     rounds, steps = (
         u.rounds,
-        (-(-len(train) // s.batch) * s.epochs if s.enabled else 0) + u.rounds * -(-prompts // u.batch),
+        (-(-len(train) // s.batch) * s.epochs if s.enabled else 0)
+        + -(-shown // d.batch) * d.epochs
+        + u.rounds * -(-prompts // u.batch),
     )
     c = recipe.controller
     if c.enabled:
@@ -59,7 +62,7 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
     labels = len(labelled(recipe)[0])
     lengths = _LENGTH if length is None else dict.fromkeys(_LENGTH, length)
     work = _Work(recipe, speeds, {k: share * recipe.sampling.max_new_tokens for k, share in lengths.items()})
-    seconds = _seconds(work, train=len(train), gate=len(gate), heldout=len(heldout))
+    seconds = _seconds(work, train=len(train), gate=len(gate), heldout=len(heldout), shown=shown)
     critic = work.forward(labels * speeds.prompt) + labels * _SECONDS_A_LABEL if labels else 0.0
     memory = _memory(shape, recipe, speeds)
     return {
@@ -83,7 +86,7 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
     }
 
 
-def _seconds(work: _Work, *, train: int, gate: int, heldout: int) -> dict[str, float]:
+def _seconds(work: _Work, *, train: int, gate: int, heldout: int, shown: int) -> dict[str, float]:
     """Seconds by the units of a run."""
     if work.recipe.controller.enabled:
         return _seconds_of_a_controller(work, train=train, measured=gate + heldout)
@@ -97,11 +100,15 @@ def _seconds(work: _Work, *, train: int, gate: int, heldout: int) -> dict[str, f
         supervised = work.generate(train, s.samples, fresh) + work.generate(train // 2, 1, taught)
         supervised += work.forward(train * own) + train * (s.samples + 0.5) * _SECONDS_A_VERDICT
         supervised += s.epochs * work.learn(train, s.batch, own + taught, anchored=s.anchor > 0)
+    d = recipe.demonstrations
+    demonstrated = d.epochs * work.learn(shown, d.batch, own + taught) if shown else 0.0
+    demonstrated += work.forward(2 * shown * (own + taught)) if shown else 0.0
     rolled = prompts * u.samples
     one = work.generate(prompts, u.samples, taught) + rolled * _SECONDS_A_VERDICT
     one += work.forward(2 * prompts * own + rolled * taught) + work.learn(prompts, u.batch, own + u.samples * taught)
     final = work.generate(gate + heldout, 1, taught) + work.generate(heldout, 1, fresh)
-    found = {"start": start, "supervised": supervised, "rounds": u.rounds * one, "final": final}
+    found = {"start": start, "supervised": supervised, "demonstrations": demonstrated}
+    found |= {"rounds": u.rounds * one, "final": final}
     return {unit: value for unit, value in found.items() if value}
 
 
@@ -159,8 +166,8 @@ def _warnings(recipe: Recipe, memory: float) -> list[str]:
         found.append(f"memory may reach {memory / 1e9:.1f} GB, above limits.memory_gb = {recipe.limits.memory_gb}")
     if not recipe.gate.enabled:
         found.append("the gate is off: nothing will be promoted")
-    if not recipe.supervised.enabled and not recipe.controller.enabled:
-        found.append("without the supervised stage, replies that are never sampled cannot be learned")
+    if not (recipe.supervised.enabled or recipe.demonstrations.file or recipe.controller.enabled):
+        found.append("without a supervised stage, replies that are never sampled cannot be learned")
     return found
 
 

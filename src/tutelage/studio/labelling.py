@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,10 @@ from tutelage.feedback.human import Label, Task, Word, append_label, append_undo
 from tutelage.feedback.human_data import read_tasks
 from tutelage.records import content_hash
 
-__all__ = ["label", "shown_order", "visible"]
+__all__ = ["Choose", "hold", "label", "shown_order", "visible"]
+
+# Gets what is answered, by task; gives the next task, or None at the end.
+Choose = Callable[[Mapping[str, Label]], Task | None]
 
 _WIDE = 100  # columns from which two replies stand side by side
 _ARROWS = {b"[D": "left", b"OD": "left", b"[C": "right", b"OC": "right"}
@@ -74,9 +77,32 @@ def label(tasks_path: Path, labels_path: Path, *, annotator: str, seed: int = 0,
         InputError: A file cannot be read, or the annotator has no usable name.
         StoreError: The label file cannot be written.
     """
-    if not annotator.strip() or visible(annotator) != annotator or "\n" in annotator:
-        raise InputError(f"the annotator is {visible(annotator)!r}", expected="a name", fix="name who labels")
-    tasks = read_tasks(tasks_path, scale=scale)
+    _check_name(annotator)
+    return hold(read_tasks(tasks_path, scale=scale), labels_path, annotator=annotator, seed=seed)
+
+
+def hold(
+    tasks: Sequence[Task],
+    labels_path: Path,
+    *,
+    annotator: str,
+    seed: int = 0,
+    choose: Choose | None = None,
+    goal: int | None = None,
+    kept: Callable[[Mapping[str, Label]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """`label` for tasks that are at hand, in an order that may depend on the answers.
+
+    Args:
+        tasks: What could be asked.
+        labels_path: As in `label`.
+        annotator: Who answers.
+        seed: Of the orders in which candidates are shown.
+        choose: Picks the next task; in the order given where it is left out.
+        goal: How many tasks are to be answered, for the person to see; all where it is left out.
+        kept: Told all answers after each one that is on disk, or taken back.
+    """
+    _check_name(annotator)
     mine = [given for given in read_labels(labels_path) if given.annotator == annotator]
     try:
         labels_path.open("ab").close()  # rather now than after the first answer
@@ -84,6 +110,7 @@ def label(tasks_path: Path, labels_path: Path, *, annotator: str, seed: int = 0,
         problem = f"{labels_path} cannot be written: {os.strerror(error.errno) if error.errno else error}"
         raise StoreError(problem, expected="a file that can grow", fix="check the folder and its rights") from error
     session = _Session(tasks, labels_path, mine, annotator, seed)
+    session.choose, session.kept, session.goal = choose or session.in_order, kept, goal or len(tasks)
     with ExitStack() as stack:
         keys = stack.enter_context(_Keyboard()) if sys.stdin.isatty() else _Lines()
         try:
@@ -91,6 +118,11 @@ def label(tasks_path: Path, labels_path: Path, *, annotator: str, seed: int = 0,
         except KeyboardInterrupt:
             session.say("stopped")
     return session.summary()
+
+
+def _check_name(annotator: str) -> None:
+    if not annotator.strip() or visible(annotator) != annotator or "\n" in annotator:
+        raise InputError(f"the annotator is {visible(annotator)!r}", expected="a name", fix="name who labels")
 
 
 class _Lines:
@@ -188,6 +220,9 @@ class _Session:
         self.done = {given.task: given for given in mine if given.task in self.tasks}
         self.others = len(mine) - len(self.done)
         self.new = self.undone = 0
+        self.choose: Choose = self.in_order
+        self.kept: Callable[[Mapping[str, Label]], None] = lambda _: None
+        self.goal = len(tasks)
         self.console = Console(highlight=False, markup=False, emoji=False)
 
     def say(self, text: str) -> None:
@@ -196,7 +231,7 @@ class _Session:
 
     def run(self, keys: _Lines | _Keyboard) -> None:
         """Show, ask, keep; until everything is answered or the person quits."""
-        task = self._next()
+        task = self.choose(self.done)
         while task is not None or self.new:
             if task is None:
                 self.say("That was the last task. u takes back the last answer, any other key ends.")
@@ -212,19 +247,22 @@ class _Session:
                 append_label(self.path, given)
                 self.done[task.id] = given
                 self.new += 1
-                task = self._next()
+                self.kept(self.done)
+                task = self.choose(self.done)
             else:
                 task = self._undo()
         self.say("Nothing is left to label.")
 
-    def _next(self) -> Task | None:
-        return next((task for name, task in self.tasks.items() if name not in self.done), None)
+    def in_order(self, done: Mapping[str, Label]) -> Task | None:
+        """The first task without an answer."""
+        return next((task for name, task in self.tasks.items() if name not in done), None)
 
     def _undo(self) -> Task:
         """Take the last answer back; its task comes again."""
         name, given = self.done.popitem()
         append_undo(self.path, given)
         self.undone += 1
+        self.kept(self.done)
         return self.tasks[name]
 
     def _ask(self, task: Task, keys: _Lines | _Keyboard) -> Label | Literal["q", "u"]:
@@ -255,7 +293,7 @@ class _Session:
 
     def _show(self, task: Task, order: Sequence[int], words: dict[str, str]) -> None:
         self.console.clear()
-        self.console.rule(Text(f"{len(self.done) + 1} of {len(self.tasks)}"))
+        self.console.rule(Text(f"{len(self.done) + 1} of {self.goal}"))
         for message in task.messages:
             self.console.print(Text.assemble((f"{message.role}: ", "bold cyan"), visible(message.content)))
         titles = [f"reply {n}" if len(order) > 1 else "reply" for n in range(1, len(order) + 1)]

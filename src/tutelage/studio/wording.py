@@ -98,6 +98,7 @@ FIGURES: Mapping[str, str] = {"kind": "the question is", "act": "the reply", "pr
 ORIGINS: Mapping[str, str] = {
     "own": "the model\u2019s own reply, kept because the judges liked it",
     "revised": "the model\u2019s reply, revised under a principle",
+    "demonstration": "a reply that the user showed",
 }
 WANTS: Mapping[str, str] = {
     "answers": "answer",
