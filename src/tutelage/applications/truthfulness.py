@@ -17,6 +17,7 @@ from tutelage.engines.encoder import Encoder
 from tutelage.engines.load import LanguageModel, load_model
 from tutelage.engines.weights import cache_dir
 from tutelage.errors import InputError
+from tutelage.feedback.comparisons import Comparisons, read_comparisons
 from tutelage.feedback.constitution import Constitution, load_constitution
 from tutelage.feedback.critic import ACTS, KINDS, Critic, LabelledText, directions, read_labelled, read_questions
 from tutelage.feedback.panel import Panel
@@ -57,6 +58,7 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     constitution = load_constitution(data_file(recipe.feedback.constitution, suffix="constitutions/*.toml"))
     labelled(recipe)
     anchors_of(recipe)
+    pairs_of(recipe, gate, heldout)
     if recipe.supervised.adapter and not Path(recipe.supervised.adapter).is_dir():
         raise InputError(
             f"supervised.adapter is {recipe.supervised.adapter}, which is no folder",
@@ -74,6 +76,21 @@ def anchors_of(recipe: Recipe) -> list[PreferencePair]:
     """
     source = recipe.feedback.anchors
     return read_pairs(data_file(source, suffix="judges/*.jsonl")) if source else []
+
+
+def pairs_of(recipe: Recipe, gate: Sequence[SuiteItem], heldout: Sequence[SuiteItem]) -> Comparisons | None:
+    """The compared replies that are learned from before the rounds; None by default.
+
+    Raises:
+        InputError: The file is missing or broken, or compares replies to a question of a suite.
+    """
+    how = recipe.pairs
+    if not how.file:
+        return None
+    found = read_comparisons(data_file(how.file, suffix="judges/*.jsonl"), limit=how.limit)
+    for suite, name in ((gate, recipe.prompts.gate), (heldout, recipe.prompts.heldout)):
+        _apart([pair.prompt for pair in found.pairs], suite, name)
+    return found
 
 
 def _apart(train: Sequence[Prompt], suite: Sequence[SuiteItem], name: str) -> None:
@@ -199,4 +216,5 @@ def play(run: Run, progress: Progress) -> Result:
         if known:
             unit.note("judges", known)
 
-    return improve(bench, train=train, gate=gate, heldout=heldout, notes=notes)
+    pairs = pairs_of(run.recipe, gate, heldout)
+    return improve(bench, train=train, gate=gate, heldout=heldout, pairs=pairs, notes=notes)
