@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 
 from tutelage.cli.parameters import Json, Newest, Runs, Values, app, help_, show
 
-__all__ = ["check", "critic", "judge", "people", "rejudge"]
+__all__ = ["best", "check", "critic", "judge", "people", "rejudge"]
 
 judge = App(name="judge", help="Check judges before they are trusted.")
 people = App(name="people", help="Labels of people: collect, bring in, hand on.")
@@ -172,6 +172,57 @@ def _rejudged_lines(found: dict[str, Any]) -> list[str]:
             f"  {name:<24}{row['verdicts']} verdicts, {row['abstained']} abstained, mean {mean}; "
             f"{row['changed_sides']} of {row['compared']} changed sides"
         )
+    return lines
+
+
+@app.command
+def best(
+    prompts: Annotated[str, help_("prompts as JSONL, CSV or Parquet")],
+    *,
+    out: Annotated[Path, help_("JSONL to write: the chosen reply, and every reply with its verdicts")],
+    run: Annotated[str | None, Parameter(name="--run", help="run (default: the newest)")] = None,
+    n: Annotated[int, Parameter(name="--n", help="replies a prompt")] = 8,
+    version: Annotated[str | None, help_("checkpoint, or start (default: the run's candidate)")] = None,
+    temperature: Annotated[float | None, help_("of the draws (default: the recipe's)")] = None,
+    max_new_tokens: Annotated[int | None, help_("longest reply, in tokens (default: the recipe's)")] = None,
+    limit: Annotated[int | None, help_("only the first prompts")] = None,
+    seed: Annotated[int, help_("of the draws")] = 0,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Draw N replies a prompt and keep the one that the run's judges like best.
+
+    Examples to type:
+        tutelage best questions.jsonl --run honesty-1 --out best.jsonl
+        tutelage best questions.jsonl --run honesty-1 --version start --n 16 --out best.jsonl
+    """
+    from tutelage.applications.best import best_of
+    from tutelage.loop.versions import open_run
+    from tutelage.studio.console import choose_progress
+
+    with choose_progress(as_json=as_json) as progress:
+        found = best_of(
+            prompts, open_run(run, runs), out, n=n, version=version, seed=seed, limit=limit,
+            max_new_tokens=max_new_tokens, temperature=temperature, progress=progress,
+        )  # fmt: skip
+    show(found, as_json, lambda: _best_lines(found))
+    return 0
+
+
+def _best_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        (
+            f"{found['out']}: best of {found['n']} of {found['run']}@{found['version']}, {found['prompts']} prompts, "
+            f"{found['abstained']} without any reward"
+        ),
+        f"at most {found['kl_bound']:.2f} nats a reply from one draw",
+        f"{'term':<24}{'one draw':>10}{'chosen':>10}   95% interval of the difference",
+    ]
+    for name, row in found["terms"].items():
+        lines.append(f"{name:<24}{row['one']:>10.3f}{row['best']:>10.3f}   {row['low']:+.3f} to {row['high']:+.3f}")
+    for row in found["curve"]:
+        lines.append(f"{row['n']:>4} draws: reward {row['reward']:+.3f}, KL at most {row['kl_bound']:.2f} nats")
     return lines
 
 
