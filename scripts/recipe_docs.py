@@ -43,6 +43,7 @@ _NOTES: Mapping[str, str] = {
     "credit": "See [Credit](credit.md). With `last`, `beta` has no effect.",
     "lora": "Why A starts where the critic looks is said in [a design note](../design/002-critic-aligned-adapter.md).",
     "supervised": "See [Supervised](objectives/supervised.md).",
+    "pairs": "See [Pairs from a file](pairs.md).",
     "update": "See [Policy gradient](policy-gradient.md): every objective, its advantage and its page.",
     "objective": "Which objective reads which key: [Policy gradient](policy-gradient.md#objectives).",
     "controller": (

@@ -335,9 +335,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cispo-cap": {"update.objective": "cispo-cap"},
     "cispo-clamp": {"update.objective": "cispo-clamp"},
     "ppo": {"update.objective": "ppo"},
+    "aot": {"update.objective": "aot", "update.token_budget": 8192},
+    "pairs": {
+        "supervised.enabled": False,
+        "pairs.file": "builtin:pairs",
+        "update.rounds": 0,
+        "gate.evidence": "pairs",
+    },
+    "spin": {
+        "supervised.enabled": False,
+        "pairs.file": "builtin:pairs",
+        "update.rounds": 0,
+        "gate.evidence": "pairs",
+        "pairs.against": "own",
+        "pairs.epochs": 2,
+        "sampling.max_new_tokens": 64,
+    },
     **{
         name: {"update.objective": name}
-        for name in ("nash", "dpo", "robust-dpo", "ipo", "ipo-per-token", "exo-pair", "simpo", "orpo", "kto")
+        for name in ("xpo", "nash", "dpo", "robust-dpo", "ipo", "ipo-per-token", "exo-pair", "simpo", "orpo", "kto")
     },
 }
 
