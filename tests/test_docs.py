@@ -401,7 +401,7 @@ def test_objective_pages_have_all_parts() -> None:
 
 def test_recipe_keys_named_in_the_docs_exist() -> None:
     sections = "|".join(name for name in Recipe.model_fields if name not in ("name", "title", "seed"))
-    known = {*all_keys(), "recipe.toml", "supervised.md", "update.rounds", "gate.md", "credit.md"}
+    known = {*all_keys(), "recipe.toml", "supervised.md", "update.rounds", "gate.md", "credit.md", "pairs.jsonl"}
     for page in PAGES:
         named = set(re.findall(rf"`((?:{sections})\.[a-z_]+)(?: ?= ?[^`]*)?`", prose(text(page))))
         assert sorted(named - known) == [], label(page)
