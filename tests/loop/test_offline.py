@@ -15,7 +15,9 @@ from tests.tiny_world import World, write_lines
 
 from tutelage.config import OBJECTIVES, Gate, Pairs, Recipe
 from tutelage.config.pairs import PairObjective
+from tutelage.engines import weights
 from tutelage.engines.batch import Batch
+from tutelage.engines.load import load_model
 from tutelage.errors import NothingToLearn
 from tutelage.feedback.comparisons import Compared, read_comparisons
 from tutelage.loop.agreement import agreement_of, agreements, compare_pairs
@@ -123,10 +125,8 @@ def test_the_stage_comes_after_the_supervised_one_and_before_the_rounds(play: Ca
     assert set(world.weights()) == {"r0", "p1", "r1"}
 
 
-@pytest.fixture
-def learned(load_tiny: Callable[[str], Any], tmp_path: Path) -> Callable[..., tuple[dict[str, torch.Tensor], Unit]]:
+def learner_of(lm: Any, tmp_path: Path) -> Callable[..., tuple[dict[str, torch.Tensor], Unit]]:
     """Plays the stage by itself; what was trained, and the unit of the last pass."""
-    lm = load_tiny("llama")
     adapter = attach(lm.model, rank=2, alpha=8.0, seed=1)
     start = {k: v.clone() for k, v in adapter.state().items()}
 
@@ -146,6 +146,20 @@ def learned(load_tiny: Callable[[str], Any], tmp_path: Path) -> Callable[..., tu
         return {k: v.clone() for k, v in adapter.state().items()}, unit
 
     return played
+
+
+@pytest.fixture
+def learned(load_tiny: Callable[[str], Any], tmp_path: Path) -> Callable[..., tuple[dict[str, torch.Tensor], Unit]]:
+    """The stage on a tiny model."""
+    return learner_of(load_tiny("llama"), tmp_path)
+
+
+@pytest.mark.skipif(not weights.have(weights.EMBEDDED_POLICY), reason="needs the embedded model: run `tutelage fetch`")
+def test_the_embedded_model_learns_what_generalises(tmp_path: Path) -> None:
+    """Every pair prefers the reply that begins with Yes, so the pairs held out do as well."""
+    _, unit = learner_of(load_model(weights.EMBEDDED_POLICY), tmp_path)(learning_rate=1e-3, epochs=2, longest=80)
+    (after,) = values(unit, "offline-heldout")
+    assert after["reward"] == 1.0 and after["margin"] > 1.0 and 0 < after["kl_to_start"] < 2.0
 
 
 def values(unit: Unit, stage: str) -> list[dict[str, float]]:
