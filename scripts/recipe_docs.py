@@ -44,6 +44,7 @@ _NOTES: Mapping[str, str] = {
     "lora": "Why A starts where the critic looks is said in [a design note](../design/002-critic-aligned-adapter.md).",
     "supervised": "See [Supervised](objectives/supervised.md).",
     "demonstrations": "See [Demonstrations](demonstrations.md). Without a `file` there is no such stage.",
+    "pairs": "See [Pairs from a file](pairs.md).",
     "update": "See [Policy gradient](policy-gradient.md): every objective, its advantage and its page.",
     "objective": "Which objective reads which key: [Policy gradient](policy-gradient.md#objectives).",
     "controller": (

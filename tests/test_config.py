@@ -80,6 +80,8 @@ def other_value(key: str) -> str:
 def needed(key: str) -> list[str]:
     """What must be set for a key to be accepted: an option belongs to the objectives that read it."""
     section, _, option = key.partition(".")
+    if key == "gate.evidence" or (section == "pairs" and option != "file"):
+        return ["pairs.file=pairs.jsonl"]
     if section != "objective":
         return []
     name = next(name for name, kind in OBJECTIVES.items() if option in kind.options)

@@ -341,9 +341,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cispo-cap": {"update.objective": "cispo-cap"},
     "cispo-clamp": {"update.objective": "cispo-clamp"},
     "ppo": {"update.objective": "ppo"},
+    "aot": {"update.objective": "aot", "update.token_budget": 8192},
+    "pairs": {
+        "supervised.enabled": False,
+        "pairs.file": "builtin:pairs",
+        "update.rounds": 0,
+        "gate.evidence": "pairs",
+    },
+    "spin": {
+        "supervised.enabled": False,
+        "pairs.file": "builtin:pairs",
+        "update.rounds": 0,
+        "gate.evidence": "pairs",
+        "pairs.against": "own",
+        "pairs.epochs": 2,
+        "sampling.max_new_tokens": 64,
+    },
     **{
         name: {"update.objective": name}
-        for name in ("nash", "dpo", "robust-dpo", "ipo", "ipo-per-token", "exo-pair", "simpo", "orpo", "kto")
+        for name in ("xpo", "nash", "dpo", "robust-dpo", "ipo", "ipo-per-token", "exo-pair", "simpo", "orpo", "kto")
     },
 }
 
@@ -391,7 +407,7 @@ def test_objective_pages_have_all_parts() -> None:
 
 def test_recipe_keys_named_in_the_docs_exist() -> None:
     sections = "|".join(name for name in Recipe.model_fields if name not in ("name", "title", "seed"))
-    known = {*all_keys(), "recipe.toml", "supervised.md", "update.rounds", "gate.md", "credit.md"}
+    known = {*all_keys(), "recipe.toml", "supervised.md", "update.rounds", "gate.md", "credit.md", "pairs.jsonl"}
     for page in PAGES:
         named = set(re.findall(rf"`((?:{sections})\.[a-z_]+)(?: ?= ?[^`]*)?`", prose(text(page))))
         assert sorted(named - known) == [], label(page)

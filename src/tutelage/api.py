@@ -220,7 +220,7 @@ def export(run_name: str, *, merged: str | Path, runs: str | Path = "runs") -> P
     """Write a run's model with the adapter merged in, as a directory that transformers loads.
 
     Raises:
-        InputError: The target exists and is not empty.
+        InputError: The target exists and is not empty, or the run trained a controller and no weights.
     """
     from tutelage.policy.model import save_merged
 
@@ -228,6 +228,15 @@ def export(run_name: str, *, merged: str | Path, runs: str | Path = "runs") -> P
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "not empty" if target.is_dir() else "a file"
         raise InputError(f"{target} is {what}", expected="a new or empty folder", fix="choose another folder")
-    lm = load_for_use(str(open_run(run_name, Path(runs))), runs=runs)
+    folder = open_run(run_name, Path(runs))
+    opened = Run.open(folder, write=False)
+    opened.close()
+    if opened.recipe.controller.enabled:
+        raise InputError(
+            f"{opened.name} trained a controller: its model's weights are the start's, and no such folder can hold it",
+            expected="a run that trained weights",
+            fix=f"talk to it with `tutelage chat {opened.name}`; in Python: applications.controller.load_controlled",
+        )
+    lm = load_for_use(str(folder), runs=runs)
     save_merged(lm, target)
     return target

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny_world import Done, World, make_world
+from tests.tiny_world import Done, World, make_world, tutelage_cli
 
 from tutelage.applications.controller import beats_the_best_single, load_controlled
 from tutelage.config import Gate, load_recipe
@@ -158,7 +158,7 @@ def test_the_report_shows_the_decision(ended: World) -> None:
 
 def test_what_was_trained_can_be_used(ended: World) -> None:
     used = load_controlled("one", runs=ended.runs)
-    assert used.version == "one@c2"
+    assert summary_of(ended)["decision"] == "rejected" and used.version == "one@c2 (rejected by the gate)"
     prompts = [Prompt("q", (Message("user", "What is the capital of France?"),))]
     (first,), (again,) = used.reply(prompts, max_new_tokens=6), used.reply(prompts, max_new_tokens=6)
     assert first.tokens == again.tokens
@@ -166,6 +166,21 @@ def test_what_was_trained_can_be_used(ended: World) -> None:
     assert load_controlled("one", runs=ended.runs, version="c0").version == "one@c0"
     with pytest.raises(StoreError, match="missing"):
         load_controlled("one", runs=ended.runs, version="c9")
+
+
+def test_chat_answers_as_the_controller_chooses(ended: World) -> None:
+    done = tutelage_cli(
+        "chat", "one", "--runs", ended.runs, "--prompt", "Who is Ada?", "--max-new-tokens", "6", "--json"
+    )
+    told = json.loads(done.out)
+    prompt = Prompt("chat", (Message("user", "Who is Ada?"),))
+    assert told["after"] == load_controlled("one", runs=ended.runs).reply([prompt], max_new_tokens=6)[0].text
+    assert done.code == 0 and told["before"] != told["after"]
+
+
+def test_export_of_a_controller_is_refused(ended: World, tmp_path: Path) -> None:
+    done = tutelage_cli("export", "one", "--runs", ended.runs, "--merged", tmp_path / "merged")
+    assert done.code == 2 and "trained a controller" in done.err and not (tmp_path / "merged").exists()
 
 
 def test_the_models_weights_are_as_they_were(ended: World) -> None:

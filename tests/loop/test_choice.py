@@ -57,6 +57,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "smoothing": (0.3, {}),
     "sft": (2.0, {}),
     "flip": (0.4, {}),
+    "alpha": (0.5, {}),
     "gamma": (9.0, {}),
     "weight": (5.0, {}),
     "desirable": (4.0, {}),
@@ -67,6 +68,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
 OWN: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {
     ("robust-dpo", "cap"): (0.01, {}),
     ("kto", "pair_tie"): (1.0, {}),
+    ("xpo", "pair_tie"): (0.3, {}),  # it compares the first reply with the third alone
     ("reinforce-plus-plus", "baseline"): ("group", {}),
 }
 

@@ -49,6 +49,16 @@ def test_an_objective_on_pairs_plays_a_round(play: Any, name: str) -> None:
     assert (world.runs / "one" / "report.html").is_file()
 
 
+def test_xpo_compares_its_own_replies_with_the_start_models(play: Any) -> None:
+    world = play("xpo", "objective.alpha=0.01")
+    drawn = [g for g in world.rows("generations") if g["unit"] == "round-1"]
+    assert {(g["sample"], g["policy_version"]) for g in drawn} == {(0, "r0"), (1, "r0"), (2, "start")}  # of three
+    assert len({g["id"] for g in drawn}) == 24
+    (counted,) = steps(world, "pairs")
+    assert 0 < counted["pairs"] <= 8 and counted["pairs"] + counted["same"] + counted["ties"] <= 8
+    assert world.weights()["r1"] != world.weights()["r0"]
+
+
 def test_nothing_to_compare_stops_with_the_last_version(new_world: Any) -> None:
     world: World = new_world("tied")
     words = [w for s in (*WORDS, "update.objective=dpo", "objective.pair_tie=1000.0") for w in ("--set", s)]

@@ -179,3 +179,14 @@ def test_a_controllers_run_is_counted_by_its_own_section(tiny_dirs: dict[str, Pa
     assert by_unit[0]["rounds"] == by_unit[1]["rounds"]
     plain = forecast(recipe(tiny_dirs["llama"]))
     assert found["estimated_memory_bytes"] < plain["estimated_memory_bytes"]
+
+
+def test_pairs_of_a_file_take_time_and_steps(tiny_dirs: dict[str, Path]) -> None:
+    off = {"enabled": False}
+    plain = forecast(recipe(tiny_dirs["llama"], supervised=off))
+    paired = forecast(recipe(tiny_dirs["llama"], supervised=off, pairs={"file": "builtin:pairs", "batch": 8}))
+    # 80 pairs, a fifth of them held out: 64 in steps of 8
+    assert (plain["pairs"], paired["pairs"]) == (0, 80)
+    assert paired["optimiser_steps"] - plain["optimiser_steps"] == 8
+    assert paired["estimated_seconds_by_unit"]["pairs"] > 0 and "pairs" not in plain["estimated_seconds_by_unit"]
+    assert any("80 compared in builtin:pairs" in line for line in forecast_lines(paired))

@@ -246,7 +246,8 @@ def load_controlled(name: str | None = None, *, runs: str | Path = "runs", versi
     opened = Run.open(open_run(name, Path(runs)), write=False)
     try:
         units, model = opened.ledger.units(), opened.recipe.model
-        chosen = version or (str(units[-1]["version"]) if units else "start")
+        # A unit that judged old replies again leaves no version.
+        chosen = version or next((str(u["version"]) for u in reversed(units) if u["version"]), "start")
         if not opened.recipe.controller.enabled or chosen == "start":
             raise StoreError(
                 f"{opened.name} has no controller",
@@ -256,6 +257,10 @@ def load_controlled(name: str | None = None, *, runs: str | Path = "runs", versi
         network = Controller.load(opened.verify_checkpoint(chosen) / "controller.safetensors")
         lm = load_model(model.name, device=model.device, dtype=model.dtype, hub=model.hub)
         steering = Steered(network.to(lm.device), menu_of(network.grid, lm), likeliest=True)
-        return Controlled(LocalCompleter(lm, rows=opened.recipe.sampling.rows), steering, f"{opened.name}@{chosen}")
+        told = opened.summary() or {}
+        refused = told.get("decision") == "rejected" and told["controller"]["version"] == chosen
+        doubt = " (rejected by the gate)" if refused else ""
+        named = f"{opened.name}@{chosen}{doubt}"
+        return Controlled(LocalCompleter(lm, rows=opened.recipe.sampling.rows), steering, named)
     finally:
         opened.close()

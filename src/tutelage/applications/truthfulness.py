@@ -17,6 +17,7 @@ from tutelage.engines.encoder import Encoder
 from tutelage.engines.load import LanguageModel, load_model
 from tutelage.engines.weights import cache_dir
 from tutelage.errors import InputError
+from tutelage.feedback.comparisons import Comparisons, read_comparisons
 from tutelage.feedback.constitution import Constitution, load_constitution
 from tutelage.feedback.critic import ACTS, KINDS, Critic, LabelledText, directions, read_labelled, read_questions
 from tutelage.feedback.panel import Panel
@@ -62,6 +63,7 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     shown = [one.prompt for one in demonstrations_of(recipe)]
     _apart(shown, gate, p.gate)
     _apart(shown, heldout, p.heldout)
+    pairs_of(recipe, gate, heldout)
     if recipe.supervised.adapter and not Path(recipe.supervised.adapter).is_dir():
         raise InputError(
             f"supervised.adapter is {recipe.supervised.adapter}, which is no folder",
@@ -89,6 +91,21 @@ def demonstrations_of(recipe: Recipe) -> list[Demonstration]:
     """
     source = recipe.demonstrations.file
     return read_demonstrations(Path(source).expanduser()) if source else []
+
+
+def pairs_of(recipe: Recipe, gate: Sequence[SuiteItem], heldout: Sequence[SuiteItem]) -> Comparisons | None:
+    """The compared replies that are learned from before the rounds; None by default.
+
+    Raises:
+        InputError: The file is missing or broken, or compares replies to a question of a suite.
+    """
+    how = recipe.pairs
+    if not how.file:
+        return None
+    found = read_comparisons(data_file(how.file, suffix="judges/*.jsonl"), limit=how.limit)
+    for suite, name in ((gate, recipe.prompts.gate), (heldout, recipe.prompts.heldout)):
+        _apart([pair.prompt for pair in found.pairs], suite, name)
+    return found
 
 
 def _apart(train: Sequence[Prompt], suite: Sequence[SuiteItem], name: str) -> None:
@@ -217,4 +234,5 @@ def play(run: Run, progress: Progress) -> Result:
         if known:
             unit.note("judges", known)
 
-    return improve(bench, train=train, gate=gate, heldout=heldout, notes=notes)
+    pairs = pairs_of(run.recipe, gate, heldout)
+    return improve(bench, train=train, gate=gate, heldout=heldout, pairs=pairs, notes=notes)

@@ -1,4 +1,4 @@
-"""Commands around judges, constitutions, critics and people."""
+"""Commands around judges and people."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from cyclopts import App, Parameter
 
 from tutelage.cli.parameters import Json, Newest, Runs, Values, app, help_, show
 
-__all__ = ["check", "critic", "judge", "people", "rejudge"]
+__all__ = ["best", "check", "judge", "people", "rejudge"]
 
 judge = App(name="judge", help="Check judges before they are trusted.")
 people = App(name="people", help="Labels of people: collect, bring in, hand on.")
 app.command(judge)
 app.command(people)
-critic = App(name="critic", help="Critics from labelled data.")
-app.command(critic)
 
 Judges = Annotated[
     list[str],
@@ -175,79 +173,54 @@ def _rejudged_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-@critic.command
-def train(
-    data: Annotated[Path, help_("JSONL, CSV or Parquet of labelled texts or pairs")],
+@app.command
+def best(
+    prompts: Annotated[str, help_("prompts as JSONL, CSV or Parquet")],
     *,
-    out: Annotated[Path, help_("file to write: critic.safetensors")],
-    kind: Annotated[
-        Literal["preference", "safety", "toxicity", "factuality", "evidence", "sincerity", "coherence"],
-        help_("what it looks for"),
-    ],
-    features: Annotated[
-        Literal["trunk", "encoder", "both", "words"], help_("what it reads: a model's hidden states, embeddings, words")
-    ] = "both",
-    positive: Annotated[str | None, help_("label that is looked for (default: the kind's own word)")] = None,
-    model: Annotated[str | None, help_("language model whose hidden states are read")] = None,
-    isotonic: Annotated[bool, help_("calibrate by isotonic regression", negative="")] = False,
-    seed: Annotated[int, help_("of split, folds and networks")] = 0,
+    out: Annotated[Path, help_("JSONL to write: the chosen reply, and every reply with its verdicts")],
+    run: Annotated[str | None, Parameter(name="--run", help="run (default: the newest)")] = None,
+    n: Annotated[int, Parameter(name="--n", help="replies a prompt")] = 8,
+    version: Annotated[str | None, help_("checkpoint, or start (default: the run's candidate)")] = None,
+    temperature: Annotated[float | None, help_("of the draws (default: the recipe's)")] = None,
+    max_new_tokens: Annotated[int | None, help_("longest reply, in tokens (default: the recipe's)")] = None,
+    limit: Annotated[int | None, help_("only the first prompts")] = None,
+    seed: Annotated[int, help_("of the draws")] = 0,
+    runs: Runs = Path("runs"),
     as_json: Json = False,
 ) -> int:
-    """Train a critic on labelled data and measure it on a fifth of the rows that it never saw.
-
-    Rows: {"text" or "prompt" and "response" or "claim" and "evidence", "label"}, or for a preference
-    {"prompt", "chosen", "rejected"}. The file serves as a judge: kind = "critic", or --judge critic=FILE.
+    """Draw N replies a prompt and keep the one that the run's judges like best.
 
     Examples to type:
-        tutelage critic train toxic.jsonl --kind toxicity --out toxicity.safetensors
-        tutelage critic train pairs.jsonl --kind preference --features both --out liked.safetensors
+        tutelage best questions.jsonl --run honesty-1 --out best.jsonl
+        tutelage best questions.jsonl --run honesty-1 --version start --n 16 --out best.jsonl
     """
-    from tutelage.engines.weights import EMBEDDED_POLICY
-    from tutelage.feedback.critic_data import Reader
-    from tutelage.feedback.critic_training import train_critic
+    from tutelage.applications.best import best_of
+    from tutelage.loop.versions import open_run
+    from tutelage.studio.console import choose_progress
 
-    reader = Reader.open(features, model=model or EMBEDDED_POLICY)
-    found = train_critic(data, out, kind=kind, reader=reader, positive=positive, isotonic=isotonic, seed=seed)
-    show(found, as_json, lambda: _critic_lines(found))
+    with choose_progress(as_json=as_json) as progress:
+        found = best_of(
+            prompts, open_run(run, runs), out, n=n, version=version, seed=seed, limit=limit,
+            max_new_tokens=max_new_tokens, temperature=temperature, progress=progress,
+        )  # fmt: skip
+    show(found, as_json, lambda: _best_lines(found))
     return 0
 
 
-@critic.command
-def perturb(
-    dialogues: Annotated[Path, help_("JSONL, CSV or Parquet of dialogues")],
-    *,
-    out: Annotated[Path, help_("file to write: coherence.jsonl")],
-    kind: Annotated[
-        list[Literal["exchanged", "earlier", "echo", "torn"]] | None,
-        help_("how replies are spoilt, repeatable (default: every way)"),
-    ] = None,
-    as_json: Json = False,
-) -> int:
-    """Spoil the replies of dialogues, to train a critic of coherence from what nobody labelled.
-
-    Rows: {"prompt" and "response" or "chosen"} or {"messages"}; a prompt is a text or a list of turns.
-
-    Examples to type:
-        tutelage critic perturb dialogues.jsonl --out coherence.jsonl
-        tutelage critic train coherence.jsonl --kind coherence --out coherence.safetensors
-    """
-    from tutelage.feedback.critic_data import read_dialogues
-    from tutelage.feedback.perturbation import KINDS, perturb_file
-
-    found = perturb_file(read_dialogues(dialogues), out, kind or KINDS)
-    counted = ", ".join(f"{count} {name}" for name, count in found["kinds"].items())
-    show(
-        found,
-        as_json,
-        lambda: [f"{found['file']}: {found['rows']} rows from {found['dialogues']} dialogues ({counted})"],
-    )
-    return 0
-
-
-def _critic_lines(found: dict[str, Any]) -> list[str]:
-    lines = [f"{found['file']}: {found['kind']} from {found['rows']} rows, measured on {found['held_out']} unseen"]
-    for name, (value, low, high) in found["quality"].items():
-        lines.append(f"  {name:<24}{value:.3f}  [{low:.3f}, {high:.3f}]")
+def _best_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        (
+            f"{found['out']}: best of {found['n']} of {found['run']}@{found['version']}, {found['prompts']} prompts, "
+            f"{found['abstained']} without any reward"
+        ),
+        f"at most {found['kl_bound']:.2f} nats a reply from one draw",
+        f"{'term':<24}{'one draw':>10}{'chosen':>10}   95% interval of the difference",
+    ]
+    for name, row in found["terms"].items():
+        lines.append(f"{name:<24}{row['one']:>10.3f}{row['best']:>10.3f}   {row['low']:+.3f} to {row['high']:+.3f}")
+    for row in found["curve"]:
+        lines.append(f"{row['n']:>4} draws: reward {row['reward']:+.3f}, KL at most {row['kl_bound']:.2f} nats")
     return lines
 
 

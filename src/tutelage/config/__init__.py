@@ -17,7 +17,8 @@ import tomlkit
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tutelage.config.controller import Controller
-from tutelage.config.objectives import BASELINES, OBJECTIVES, Objective
+from tutelage.config.objectives import BASELINES, OBJECTIVES, Objective, ObjectiveName
+from tutelage.config.pairs import PAIR_OBJECTIVES, Pairs
 from tutelage.config.section import Section
 from tutelage.config.sections import (
     JUDGE_KINDS,
@@ -53,6 +54,7 @@ __all__ = [
     "Lora",
     "Model",
     "Objective",
+    "Pairs",
     "Prompts",
     "Recipe",
     "Rewards",
@@ -82,6 +84,7 @@ class Recipe(Section):
     lora: Lora = Lora()
     supervised: Supervised = Supervised()
     demonstrations: Demonstrations = Demonstrations()
+    pairs: Pairs = Pairs()
     update: Update = Update()
     objective: Objective = Objective()
     controller: Controller = Controller()
@@ -92,11 +95,20 @@ class Recipe(Section):
     def _makes_sense(self) -> Recipe:
         if self.controller.enabled and not self.sampling.exact:
             raise ValueError("controller.enabled needs sampling in this process: neither sampling.int8 nor a server")
+        u = self.update
         shown = bool(self.demonstrations.file)
-        if not self.controller.enabled and not self.supervised.enabled and not shown and self.update.rounds == 0:
-            raise ValueError("nothing would be learned: supervised.enabled is false and update.rounds is 0")
-        if shown and self.controller.enabled:
-            raise ValueError("a controller steers the model as it is: leave demonstrations.file out")
+        if not (self.controller.enabled or self.supervised.enabled or shown or self.pairs.file or u.rounds):
+            raise ValueError(
+                "nothing would be learned: supervised.enabled is false, demonstrations.file and pairs.file are empty, "
+                "update.rounds is 0"
+            )
+        if self.controller.enabled and (shown or self.pairs.file):
+            which = "demonstrations.file" if shown else "pairs.file"
+            raise ValueError(f"a controller steers the model as it is: leave {which} out")
+        if self.gate.evidence == "pairs" and not (self.pairs.file and self.pairs.heldout):
+            raise ValueError("gate.evidence = pairs needs pairs.file and pairs.heldout above 0")
+        if self.pair_objective == "kto" and self.pairs.against == "own":
+            raise ValueError("pairs.against = own compares two replies, and kto learns from single ones")
         if self.supervised.adapter and not self.supervised.enabled:
             raise ValueError("supervised.adapter stands in for the supervised stage, and supervised.enabled is false")
         if self.supervised.adapter and self.controller.enabled:
@@ -124,7 +136,10 @@ class Recipe(Section):
         """A key that nothing reads would be believed to do something."""
         name, kind = self.update.objective, OBJECTIVES[self.update.objective]
         given = [key for key, value in self.objective.model_dump().items() if value is not None]
-        unread = [key for key in given if key not in kind.options]
+        paired = OBJECTIVES[self.pair_objective].options if self.pairs.file else ()
+        # How a round's replies become pairs says nothing of pairs from a file.
+        paired = tuple(key for key in paired if not key.startswith("pair"))
+        unread = [key for key in given if key not in (*kind.options, *paired)]
         if unread:
             own = ", ".join(f"objective.{key}" for key in kind.options) or "none"
             raise ValueError(f"objective.{unread[0]} is not read by update.objective = {name}, which reads {own}")
@@ -137,13 +152,19 @@ class Recipe(Section):
             own = " and ".join(f"objective.{k}" for k in kind.options if k.startswith(("clip", "cap"))) or "nothing"
             raise ValueError(f"update.clip is not read by update.objective = {name}; it clips by {own}")
 
-        if name == "exo-pair" and self.objective.smoothing == 0.0:
+        if "exo-pair" in (name, self.pair_objective) and self.objective.smoothing == 0.0:
             raise ValueError("objective.smoothing is 0: exo-pair needs a share above 0, or its loss is infinite")
         if kind.family == "preference" and self.credit != Credit():
             raise ValueError(f"[credit] is not read by update.objective = {name}, which learns from whole replies")
         if not kind.charges and self.update.kl != Update.model_fields["kl"].default:
             own = "objective.beta" if "beta" in kind.options else "nothing"
             raise ValueError(f"update.kl is not read by update.objective = {name}; {own} holds it to the start")
+
+    @property
+    def pair_objective(self) -> ObjectiveName:
+        """What learns from the pairs of a file."""
+        rounds = self.update.objective
+        return self.pairs.objective or (rounds if rounds in PAIR_OBJECTIVES else "dpo")
 
     @property
     def hash(self) -> str:

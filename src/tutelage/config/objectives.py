@@ -32,6 +32,8 @@ ObjectiveName = Literal[
     "ipo",
     "ipo-per-token",
     "exo-pair",
+    "aot",
+    "xpo",
     "simpo",
     "orpo",
     "kto",
@@ -77,6 +79,9 @@ OBJECTIVES: Mapping[ObjectiveName, Kind] = {
     "ipo": _pairs("beta"),
     "ipo-per-token": _pairs("beta"),
     "exo-pair": _pairs("beta", "smoothing"),
+    # Of a label it reads the side alone, which the temperature does not change.
+    "aot": Kind(("beta", "pairs", "pair_tie"), clips=False, charges=False, family="preference"),
+    "xpo": _pairs("beta", "alpha", select=False),
     "simpo": _pairs("beta", "gamma"),
     "orpo": _pairs("weight"),
     "kto": _pairs("beta", "desirable", "undesirable", select=False),
@@ -135,6 +140,9 @@ class Objective(Section):
     sft: Annotated[float, Field(ge=0.0)] | None = Field(None, description="weight of the better reply's likelihood")
     flip: Annotated[float, Field(ge=0.0, le=0.49)] | None = Field(
         None, description="share of labels known to be wrong, and corrected for"
+    )
+    alpha: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="weight of the bonus for leaving what the start model says"
     )
     gamma: Annotated[float, Field(ge=0.0)] | None = Field(None, description="margin wanted between the two replies")
     weight: Positive | None = Field(None, description="of the odds ratio beside the likelihood")

@@ -223,6 +223,9 @@ class Gate(Section):
     """What a candidate must show on the gate suite before it is promoted."""
 
     enabled: bool = Field(True, description="an absent gate rejects: off means no candidate is promoted")
+    evidence: Literal["suite", "pairs"] = Field(
+        "suite", description="honest replies to the suite must surely grow, or agreement with held-out pairs"
+    )
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="of the paired intervals")
     max_correct_loss: Fraction = Field(0.15, description="correct answers lost must be surely below this")
     max_known_abstained: Fraction = Field(0.1, description="abstaining where the start model was right, at most")

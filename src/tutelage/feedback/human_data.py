@@ -25,7 +25,7 @@ from tutelage.feedback.human import Label, Task, TaskKind, Word, fit_votes, json
 from tutelage.feedback.votes import VotePrior
 from tutelage.records import Message, content_hash
 
-__all__ = ["Imported", "export_labels", "import_labels", "read_tasks"]
+__all__ = ["Imported", "export_labels", "import_labels", "import_rows", "read_tasks"]
 
 _MOST = 9  # what one digit can answer
 _ROLES = ("system", "user", "assistant")
@@ -90,11 +90,20 @@ def import_labels(path: Path, *, annotator: str = "import", scale: int = 5) -> I
     Raises:
         InputError: The file cannot be read, or a line is no label; the message names the line.
     """
+    return import_rows(json_lines(path), annotator=annotator, scale=scale)
+
+
+def import_rows(rows: Iterable[tuple[str, dict[str, Any]]], *, annotator: str = "import", scale: int = 5) -> Imported:
+    """`import_labels` of rows that were read already, each with its place.
+
+    Raises:
+        InputError: A row is no label.
+    """
     tasks: dict[tuple[Any, ...], Task] = {}
     labels: dict[tuple[str, str], Label] = {}
     unknown: dict[str, int] = {}
     left_out = []
-    for place, row in json_lines(path):
+    for place, row in rows:
         try:
             told = _task(place, row, scale)
         except _NothingToJudge as error:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from tutelage.config import OBJECTIVES, Recipe
+from tutelage.config.objectives import ObjectiveName
 from tutelage.engines.batch import Objective
 from tutelage.loop.ranking import Pairing
 from tutelage.objectives.advantages import (
@@ -26,7 +27,7 @@ from tutelage.objectives.advantages import (
 from tutelage.objectives.nash import Nash, self_play
 from tutelage.objectives.policy_gradient import Dapo, DrGrpo, Grpo, Reinforce, ReinforcePlusPlus, Rloo
 from tutelage.objectives.ppo import Ppo
-from tutelage.objectives.preference import Dpo, ExoPair, Ipo, IpoPerToken, RobustDpo
+from tutelage.objectives.preference import Aot, Dpo, ExoPair, Ipo, IpoPerToken, RobustDpo, Xpo
 from tutelage.objectives.reference_free import Orpo, SimPo
 from tutelage.objectives.unpaired import Kto
 from tutelage.objectives.weighted import CispoCap, CispoClamp, Gspo
@@ -111,6 +112,8 @@ TABLE: Mapping[str, Row] = {
     "ipo": Row(Ipo, _group),
     "ipo-per-token": Row(IpoPerToken, _group),
     "exo-pair": Row(ExoPair, _group),
+    "aot": Row(Aot, _group),
+    "xpo": Row(Xpo, _group),
     "simpo": Row(SimPo, _group),
     "orpo": Row(Orpo, _group),
     "kto": Row(Kto, _group),
@@ -132,6 +135,8 @@ class Choice:
         values: The objective again, when it needs a value head.
         family: `gradient` weighs each token by its credit, `preference` learns from pairs.
         pairing: How replies become pairs, for the latter.
+        from_start: Whether half of a group's replies are drawn from the start model, and the policy's own are
+            compared with those.
     """
 
     loss: Objective
@@ -143,12 +148,14 @@ class Choice:
     values: Ppo | None = None
     family: Literal["gradient", "preference"] = "gradient"
     pairing: Pairing = dataclasses.field(default_factory=Pairing)
+    from_start: bool = False
 
 
-def choose(recipe: Recipe) -> Choice:
-    """Read the recipe's sections [update] and [objective]."""
+def choose(recipe: Recipe, name: ObjectiveName | None = None) -> Choice:
+    """Read the recipe's sections [update] and [objective]; `name` is another objective than the rounds'."""
     u = recipe.update
-    row, facts = TABLE[u.objective], OBJECTIVES[u.objective]
+    chosen = name or u.objective
+    row, facts = TABLE[chosen], OBJECTIVES[chosen]
     given = {key: value for key, value in recipe.objective.model_dump().items() if value is not None}
     fields = inspect.signature(row.kind).parameters
     arguments = {key: value for key, value in given.items() if key in fields}
@@ -160,7 +167,12 @@ def choose(recipe: Recipe) -> Choice:
         arguments["kl"] = u.kl
     loss = row.kind(**arguments)
     o = recipe.objective
-    pairing: dict[str, Any] = {"select": o.pairs, "temperature": o.pair_temperature, "tie": o.pair_tie}
+    fresh = isinstance(loss, Xpo)
+    pairing: dict[str, Any] = {
+        "select": "halves" if fresh else o.pairs,
+        "temperature": o.pair_temperature,
+        "tie": o.pair_tie,
+    }
     return Choice(
         loss,
         lambda seen: row.advantage(seen, given),
@@ -171,6 +183,7 @@ def choose(recipe: Recipe) -> Choice:
         values=loss if isinstance(loss, Ppo) else None,
         family=facts.family,
         pairing=Pairing(**{key: value for key, value in pairing.items() if value is not None}),
+        from_start=fresh,
     )
 
 

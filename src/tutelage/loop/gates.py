@@ -8,7 +8,7 @@ from tutelage.config import Gate
 from tutelage.loop.evaluate import Answers, compare, paired_difference
 from tutelage.records import Decision, Evidence, SuiteItem
 
-__all__ = ["honest", "honesty_gate"]
+__all__ = ["honest", "honesty_gate", "preference_gate"]
 
 
 def honest(item: SuiteItem, outcome: str) -> bool:
@@ -50,6 +50,30 @@ def honesty_gate(before: Answers, after: Answers, rules: Gate) -> Decision:
     if failed:
         return decision(False, "rejected: " + "; ".join(failed), shown)
     return decision(True, f"promoted: honest replies rose from {sum(was) / n:.0%} to {sum(now) / n:.0%}", shown)
+
+
+def preference_gate(pairs: Sequence[Evidence], before: Answers, after: Answers, rules: Gate) -> Decision:
+    """Candidate against start on held-out pairs, and on what the start model answers right.
+
+    It is promoted only if both hold: (1) the share of held-out pairs of which the better reply has gained more than
+    the other surely grew (`pairs_reward`); (2) correct answers on the gate suite surely did not fall by
+    `max_correct_loss`. No evidence, or a gate that is off, rejects.
+    """
+    reward = next((e for e in pairs if e.metric == "pairs_reward"), None)
+    correct = {e.metric: e for e in compare(before, after, confidence=rules.confidence)}["correct_answerable"]
+    against = []
+    if not rules.enabled:
+        against.append("the gate is off, and without a gate nothing is promoted")
+    if reward is None or reward.low is None:
+        against.append("no pair was held out, so there is no evidence")
+    elif reward.low <= 0:
+        against.append(f"agreement with held-out pairs did not surely grow ({_interval(reward)})")
+    if correct.low is not None and correct.low < -rules.max_correct_loss:
+        against.append(
+            f"correct answers may have fallen by more than {rules.max_correct_loss:.0%} ({_interval(correct)})"
+        )
+    reason = "rejected: " + "; ".join(against) if against else "promoted: the model agrees more with held-out pairs"
+    return Decision("preference", after.version, before.version, not against, reason, (*pairs, correct))
 
 
 def _broken(overall: Evidence, evidence: dict[str, Evidence], rules: Gate) -> list[str]:

@@ -16,10 +16,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tutelage.errors import NothingToLearn, StoreError, TrainingError
+from tutelage.feedback.comparisons import Comparisons
+from tutelage.loop.agreement import compare_pairs
 from tutelage.loop.bench import Workbench
 from tutelage.loop.demonstrating import demonstrate
 from tutelage.loop.evaluate import Answers, compare, evaluate
-from tutelage.loop.gates import honesty_gate
+from tutelage.loop.gates import honesty_gate, preference_gate
+from tutelage.loop.offline import begin_pairs, lay, learn_pairs
 from tutelage.loop.round import play_round
 from tutelage.loop.supervised import imitate, look, revise
 from tutelage.loop.units import timed
@@ -52,6 +55,7 @@ class _Session:
     gate_items: Sequence[SuiteItem]
     heldout_items: Sequence[SuiteItem]
     train: Sequence[Prompt]
+    pairs: Comparisons | None = None
     started: float = dataclasses.field(default_factory=time.perf_counter)
     earlier: float = 0.0
 
@@ -109,6 +113,7 @@ def improve(
     train: Sequence[Prompt],
     gate: Sequence[SuiteItem],
     heldout: Sequence[SuiteItem],
+    pairs: Comparisons | None = None,
     notes: Callable[[Unit], None] = lambda _: None,
 ) -> Result:
     """Play a run to its end, or go on with one that was interrupted.
@@ -118,13 +123,14 @@ def improve(
         train: Training prompts (no references).
         gate: Suite of the gate.
         heldout: Suite read once, in the last unit.
+        pairs: Compared replies to learn from before the rounds.
         notes: Called once, to write what the application wants to be known of the start.
     """
     ledger = bench.run.ledger
     if bench.recipe.constraint.enabled and bench.recipe.constraint.questions:
         bench.watched = bench.pick(train, bench.recipe.constraint.questions, 1)
     earlier = sum(float(u["seconds"]) for u in ledger.units())
-    session = _Session(bench, gate, heldout, train, earlier=earlier)
+    session = _Session(bench, gate, heldout, train, pairs, earlier=earlier)
     done = {u["name"] for u in ledger.units()}
     restored = [u for u in ledger.units() if u["version"] != "start"]
     if restored:
@@ -162,6 +168,8 @@ def _learn(session: _Session, done: set[str]) -> None:
         with session.unit("demonstrations", "demonstrations") as unit:
             demonstrate(bench, bench.demonstrations, unit)
             bench.save("d0")
+    if session.pairs is not None:
+        _pairs_stage(session, session.pairs, done)
     for number in range(1, recipe.update.rounds + 1):
         name = f"round-{number}"
         if name in done:
@@ -198,6 +206,29 @@ def _supervised_stage(session: _Session, unit: Unit) -> None:
     imitate(bench, targets, unit)
 
 
+def _pairs_stage(session: _Session, found: Comparisons, done: set[str]) -> None:
+    bench, passes = session.bench, session.bench.recipe.pairs.epochs
+    if f"pairs-{passes}" in done:
+        return
+    offline = lay(bench, found)
+    if "pairs-0" not in done:
+        with session.unit("pairs-0", "pairs") as unit:
+            begin_pairs(bench, offline, unit)
+    for epoch in range(1, passes + 1):
+        if f"pairs-{epoch}" not in done:
+            with session.unit(f"pairs-{epoch}", "pairs") as unit:
+                learn_pairs(bench, offline, unit, epoch)
+                bench.save(f"p{epoch}")
+
+
+def _agreement(session: _Session) -> list[Evidence]:
+    """Agreement with the held-out pairs, before and after the stage that learned from pairs."""
+    seen = {r["body"]["pass"]: r["body"]["rows"] for r in session.bench.run.ledger.rows("notes", topic="heldout_pairs")}
+    if len(seen) < 2:
+        return []
+    return compare_pairs(seen[0], seen[max(seen)], confidence=session.bench.recipe.gate.confidence)
+
+
 def _finish(session: _Session, stopped: str) -> Result:
     bench, ledger = session.bench, session.bench.run.ledger
     finished = next((u for u in ledger.units() if u["name"] == "final"), None)
@@ -213,7 +244,7 @@ def _finish(session: _Session, stopped: str) -> Result:
         decision = _gate(session, unit, stopped)
         unit.decision(decision)
         before, after = _heldout(session, unit, candidate)
-        evidence = tuple(compare(before, after))
+        evidence = (*_agreement(session), *compare(before, after))
         _self_view(bench, unit)
         unit.note("failures", [stopped] if stopped else [])
         verdict = "stopped" if stopped and candidate == "start" else "promoted" if decision.accepted else "rejected"
@@ -230,7 +261,10 @@ def _gate(session: _Session, unit: Unit, stopped: str) -> Decision:
         reason = stopped or "there is no candidate"
         return Decision("honesty", bench.version, "start", False, f"rejected: {reason}")
     after = session.answers(session.gate_items, session.suites[0], unit)
-    decision = honesty_gate(start, after, bench.recipe.gate)
+    if bench.recipe.gate.evidence == "pairs":
+        decision = preference_gate(_agreement(session), start, after, bench.recipe.gate)
+    else:
+        decision = honesty_gate(start, after, bench.recipe.gate)
     bench.progress.say(decision.reason)
     return decision
 
@@ -290,7 +324,8 @@ def _summary(session: _Session, verdict: str, candidate: str, evidence: Sequence
 
 
 def _last_kl(session: _Session) -> float | None:
-    rows = [m for m in session.bench.run.ledger.rows("metrics") if m["stage"] == "update"]
+    kinds = ("update", "offline-heldout")
+    rows = [m for m in session.bench.run.ledger.rows("metrics") if m["stage"] in kinds]
     return float(rows[-1]["values"]["kl_to_start"]) if rows else None
 
 

@@ -22,7 +22,7 @@ from tutelage.policy.learner import TrainGroup
 from tutelage.records import Generation, PreferencePair, Prompt
 
 __all__ = [
-    "Paired", "Row", "mismatched", "pair_groups", "paired", "pairs_of_votes", "single_replies", "unpaired",
+    "Paired", "Row", "apart", "mismatched", "pair_groups", "paired", "pairs_of_votes", "single_replies", "unpaired",
     "with_reference",
 ]  # fmt: skip
 
@@ -181,6 +181,17 @@ def single_replies(
             # 2 s(x) - 1 is tanh(x / 2), which does not overflow.
             laid.append((rows[i], math.tanh(lead / temperature / 2) if temperature else math.copysign(1.0, lead)))
     return Paired((_group(prompt, laid),) if laid else (), counts)
+
+
+def apart(prompt: Sequence[int], first: Row, second: Row, p: float) -> Paired:
+    """The two replies of a pair as single ones, for `Kto`: w = 2 p - 1 of the first and 1 - 2 p of the second."""
+    counts = {"good": 0, "bad": 0, "ties": 0, "empty": 0}
+    if not first.tokens or not second.tokens:
+        return Paired((), counts | {"empty": 1})
+    if p == 0.5:
+        return Paired((), counts | {"ties": 2})
+    lead = 2.0 * p - 1.0
+    return Paired((_group(prompt, [(first, lead), (second, -lead)]),), counts | {"good": 1, "bad": 1})
 
 
 def unpaired(

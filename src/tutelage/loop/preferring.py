@@ -23,7 +23,7 @@ from tutelage.policy.learner import Scores, TrainGroup, score
 from tutelage.records import Generation, Prompt, Reward
 from tutelage.store.ledger import Unit
 
-__all__ = ["prefer"]
+__all__ = ["prefer", "reference_point"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def prefer(
             expected="at least one group with two valid, different rewards",
             fix="look at the abstentions in the ledger; raise update.samples or lower objective.pair_tie",
         )
-    size = bench.recipe.update.batch
+    size, temperature = bench.recipe.update.batch, bench.recipe.sampling.temperature
     bench.progress.stage(f"round {number}: update", len(groups_P), "prompts")
     for start in range(0, len(groups_P), size):
         part = groups_P[start : start + size]
@@ -76,8 +76,8 @@ def prefer(
         loss = bench.choice.loss
         if isinstance(loss, Kto):
             other = groups_P[start - 1] if len(part) == 1 else ()  # one prompt alone has no other to be crossed with
-            loss = dataclasses.replace(loss, z0=_reference_point(bench, [*groups, *other]))
-        numbers = bench.learner.step(groups, _Watched(loss), temperature=bench.recipe.sampling.temperature)
+            loss = dataclasses.replace(loss, z0=reference_point(bench, [*groups, *other], temperature=temperature))
+        numbers = bench.learner.step(groups, _Watched(loss), temperature=temperature)
         if isinstance(loss, Kto):
             numbers["z0"] = loss.z0
         unit.metrics(number * 1000 + start // size, "update", numbers)
@@ -115,12 +115,12 @@ def _laid(
     return found, dict(counts)
 
 
-def _reference_point(bench: Workbench, groups: Sequence[TrainGroup]) -> float:
+def reference_point(bench: Workbench, groups: Sequence[TrainGroup], *, temperature: float) -> float:
     """KTO's z0: how far the policy has come from its start, on replies to other prompts."""
     crossed = mismatched(groups)
     if not crossed:
         return 0.0
-    budget, temperature = bench.recipe.update.token_budget, bench.recipe.sampling.temperature
+    budget = bench.recipe.update.token_budget
     now = score(bench.lm, crossed, budget=budget, temperature=temperature)
     with bench.adapter.off():
         start = score(bench.lm, crossed, budget=budget, temperature=temperature)

@@ -7,13 +7,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from tutelage.errors import RecipeError, TrainingError
 
 __all__ = ["Number", "Pair", "Pairing", "Select", "known_rewards", "plain", "rank_agreement"]
 
-Select = Literal["best_worst", "all", "neighbours"]
+Select = Literal["best_worst", "all", "neighbours", "halves"]
 Pair = tuple[int, int, float]  # (i, j, p): p is the probability that reply i beats reply j
 Number = float | None
 
@@ -24,7 +24,8 @@ class Pairing:
 
     Args:
         select: "best_worst" is one pair of the extremes; "all" is every two replies; "neighbours" is each
-            reply with the next one in rank, which are the hardest pairs to tell apart.
+            reply with the next one in rank, which are the hardest pairs to tell apart; "halves" is the first
+            reply with the first of the second half, and so on, whichever of the two is better.
         temperature: p = s((r_i - r_j)/temperature), s the logistic function; 0 makes labels hard (1 or 0).
             Given opinions are soft already: with 0 they are rounded, otherwise their log-odds divided by it.
         tie: Rewards that differ by no more are a tie, as are opinions p with |2 p - 1| no more.
@@ -41,8 +42,9 @@ class Pairing:
     together: int = 4
 
     def __post_init__(self) -> None:
-        if self.select not in ("best_worst", "all", "neighbours"):
-            raise RecipeError(f"pairs are selected by {self.select!r}", expected='"best_worst", "all" or "neighbours"')
+        known = get_args(Select)
+        if self.select not in known:
+            raise RecipeError(f"pairs are selected by {self.select!r}", expected=" or ".join(map(repr, known)))
         for option in ("temperature", "tie"):
             value = getattr(self, option)
             if not 0.0 <= value < math.inf:
@@ -102,7 +104,7 @@ class Pairing:
     ) -> tuple[list[Pair], dict[str, int]]:
         counts = {"pairs": 0, "ties": 0, "same": 0, "unjudged": 0, "missing": len(texts) - len(have)}
         pairs = []
-        for i, j in self._candidates(have):
+        for i, j in self._candidates(have, len(texts)):
             told = opinion(i, j)
             if plain(texts[i]) == plain(texts[j]):
                 counts["same"] += 1
@@ -115,7 +117,11 @@ class Pairing:
         counts["pairs"] = len(pairs)
         return pairs, counts
 
-    def _candidates(self, have: Mapping[int, float]) -> Iterator[tuple[int, int]]:
+    def _candidates(self, have: Mapping[int, float], replies: int) -> Iterator[tuple[int, int]]:
+        if self.select == "halves":
+            first = replies - replies // 2
+            yield from ((i, first + i) for i in range(replies // 2) if i in have and first + i in have)
+            return
         ranked = sorted(have, key=lambda i: (-have[i], i))
         if self.select == "best_worst":
             yield from [(ranked[0], ranked[-1])] if len(ranked) > 1 else []

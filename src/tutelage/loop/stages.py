@@ -48,18 +48,35 @@ class Drawn:
 
 
 def generate(bench: Workbench, prompts: Sequence[Prompt], number: int) -> list[list[Generation]]:
-    """G replies a prompt from the policy as it stands."""
+    """G replies a prompt from the policy as it stands; of some objectives half of them are the start model's."""
     recipe = bench.recipe
     settings = SamplerSettings(recipe.sampling.temperature, max_new_tokens=recipe.sampling.max_new_tokens)
-    bench.progress.stage(f"round {number}: generate", len(prompts) * recipe.update.samples, "replies")
-    return bench.roller.generate(
+    samples = recipe.update.samples
+    others = samples // 2 if bench.choice.from_start else 0
+    bench.progress.stage(f"round {number}: generate", len(prompts) * samples, "replies")
+    own_PG = bench.roller.generate(
         prompts,
-        samples=recipe.update.samples,
+        samples=samples - others,
         settings=settings,
         seed=derive_seed(recipe.seed, "round", number),
         version=bench.version,
         progress=bench.progress.advance,
     )
+    if not others:
+        return own_PG
+    with bench.adapter.off():
+        start_PG = bench.completer.generate(
+            prompts,
+            samples=others,
+            settings=settings,
+            seed=derive_seed(recipe.seed, "round", number, "start"),
+            version="start",
+            progress=bench.progress.advance,
+        )
+    return [
+        [*own, *(dataclasses.replace(g, sample=g.sample + samples - others) for g in start)]
+        for own, start in zip(own_PG, start_PG, strict=True)
+    ]
 
 
 def judge(

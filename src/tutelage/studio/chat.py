@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tutelage.records import Message, Prompt, SamplerSettings
+
+if TYPE_CHECKING:
+    from tutelage.engines.load import LanguageModel
 
 __all__ = ["talk"]
 
@@ -20,27 +25,23 @@ def talk(name: str | None, *, runs: Path, question: str | None, max_new_tokens: 
         max_new_tokens: Longest reply.
         as_json: One JSON object a question.
     """
-    from tutelage.engines.local import LocalCompleter
-    from tutelage.loop.versions import load_for_use, open_run
+    from tutelage.loop.versions import open_run
+    from tutelage.store.runs import Run
 
-    folder = str(open_run(name, runs))
-    engines = {
-        when: LocalCompleter(load_for_use(folder, runs=runs, version=version), rows=1)
-        for when, version in (("before", "start"), ("after", None))
-    }
-    settings = SamplerSettings(0.0, max_new_tokens=max_new_tokens)
+    folder = open_run(name, runs)
+    opened = Run.open(folder, write=False)
+    controlled = opened.recipe.controller.enabled
+    opened.close()
+    speakers, title = (_controlled if controlled else _weights)(folder, runs, max_new_tokens)
 
     def answer(text: str) -> dict[str, str]:
         prompt = Prompt("chat", (Message("user", text),))
-        return {
-            when: engine.generate([prompt], samples=1, settings=settings, seed=0, version=when)[0][0].text
-            for when, engine in engines.items()
-        }
+        return {when: speak(prompt) for when, speak in speakers.items()}
 
     if question is not None:
         _show(question, answer(question), as_json)
         return
-    print(f"talking to {folder}; an empty line ends")
+    print(f"talking to {title}; an empty line ends")
     while True:
         try:
             text = input("\nyou> ").strip()
@@ -49,6 +50,40 @@ def talk(name: str | None, *, runs: Path, question: str | None, max_new_tokens: 
         if not text:
             return
         _show(text, answer(text), as_json)
+
+
+Speaker = Callable[[Prompt], str]
+
+
+def _weights(folder: Path, runs: Path, longest: int) -> tuple[dict[str, Speaker], str]:
+    """The start model and what was learned of it, both greedy."""
+    from tutelage.loop.versions import load_for_use
+
+    found = [load_for_use(str(folder), runs=runs, version=version) for version in ("start", None)]
+    return {when: _greedy(lm, longest) for when, lm in zip(("before", "after"), found, strict=True)}, str(folder)
+
+
+def _controlled(folder: Path, runs: Path, longest: int) -> tuple[dict[str, Speaker], str]:
+    """The frozen model by itself, greedy, and as the run's controller chooses; one copy of its weights.
+
+    Raises:
+        StoreError: The run has no controller yet.
+    """
+    from tutelage.applications.controller import load_controlled
+
+    used = load_controlled(str(folder), runs=runs)
+
+    def steered(prompt: Prompt) -> str:
+        return used.reply([prompt], max_new_tokens=longest)[0].text
+
+    return {"before": _greedy(used.completer.lm, longest), "after": steered}, f"{folder}, controller {used.version}"
+
+
+def _greedy(lm: LanguageModel, longest: int) -> Speaker:
+    from tutelage.engines.local import LocalCompleter
+
+    engine, settings = LocalCompleter(lm, rows=1), SamplerSettings(0.0, max_new_tokens=longest)
+    return lambda p: engine.generate([p], samples=1, settings=settings, seed=0, version="chat")[0][0].text
 
 
 def _show(question: str, replies: dict[str, str], as_json: bool) -> None:

@@ -173,6 +173,19 @@ _SPECS = (
         "nats", (("implied_reward", "implied reward"),), main=False,
     ),
     _Spec(
+        "offline", "Loss on pairs", "Of the objective that learns from the file's pairs, a step.",
+        "loss", (("loss", "loss"),),
+    ),
+    _Spec(
+        "offline", "Pairs on the right side", "Share of a step's pairs of which the better reply has gained more.",
+        "share of pairs", (("accuracy", "accuracy"),), share=True,
+    ),
+    _Spec(
+        "offline-heldout", "Held-out pairs", "Before the stage and after it; nothing was learned from these.",
+        "share of pairs", (("reward", "better reply gained more"), ("likelihood", "better reply likelier"),
+         ("per_token", "likelier a token")), share=True,
+    ),
+    _Spec(
         "gate", "Gate suite by version", "What the gate measured on its own questions.", "share of questions",
         (("made_up_unanswerable", "made up"), ("correct_answerable", "right answers"),
          ("abstained_answerable", "withheld"), ("asked_back_ambiguous", "asked back")), share=True,
@@ -220,6 +233,8 @@ _X_TITLES = {
     "update": "optimiser step",
     "supervised": "optimiser step",
     "demonstrations": "optimiser step",
+    "offline": "optimiser step",
+    "offline-heldout": "measurement",
     "gate": "version",
 }
 

@@ -6,13 +6,15 @@ from the recipe; their length from the prompts, and for replies from what runs h
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tutelage.config import Recipe
 from tutelage.errors import ModelError
+from tutelage.feedback.comparisons import Compared
 from tutelage.studio.probe import Speeds, measure
 
 __all__ = ["forecast", "forecast_lines"]
@@ -23,6 +25,7 @@ _PROGRAM = 1.15e9  # bytes: Python, torch, tokenizer, encoder, the critic's feat
 _KEPT = 1.4  # bytes taken for a byte that is kept for the backward pass: what lies between is lost
 _START = 8.0  # seconds: imports and weights
 _SECONDS_A_VERDICT = 0.004  # seconds: embedding a reply and reading it, with the embedded encoder on one core
+_SIGNS_A_TOKEN = 4.0  # characters, in English
 _SECONDS_A_LABEL = 0.005  # seconds: a labelled question's share of training the critic's heads
 
 
@@ -36,7 +39,7 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
     Raises:
         InputError, RecipeError, ModelError: A file or the model is missing or broken.
     """
-    from tutelage.applications.truthfulness import demonstrations_of, inputs, labelled
+    from tutelage.applications.truthfulness import demonstrations_of, inputs, labelled, pairs_of
 
     train, gate, heldout, constitution = inputs(recipe)
     shape = _shape(recipe)
@@ -51,6 +54,9 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
         + -(-shown // d.batch) * d.epochs
         + u.rounds * -(-prompts // u.batch),
     )
+    found = pairs_of(recipe, gate, heldout)
+    pairs = _Compared.of(found.pairs if found else (), recipe)
+    steps += pairs.steps
     c = recipe.controller
     if c.enabled:
         prompts = min(c.prompts, len(train))
@@ -63,6 +69,8 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
     lengths = _LENGTH if length is None else dict.fromkeys(_LENGTH, length)
     work = _Work(recipe, speeds, {k: share * recipe.sampling.max_new_tokens for k, share in lengths.items()})
     seconds = _seconds(work, train=len(train), gate=len(gate), heldout=len(heldout), shown=shown)
+    if pairs.count:
+        seconds["pairs"] = pairs.seconds(work)
     critic = work.forward(labels * speeds.prompt) + labels * _SECONDS_A_LABEL if labels else 0.0
     memory = _memory(shape, recipe, speeds)
     return {
@@ -72,6 +80,7 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
         "training_prompts": len(train),
         "gate_items": len(gate),
         "heldout_items": len(heldout),
+        "pairs": pairs.count,
         "principles": len(constitution.principles),
         "judges": list(recipe.feedback.judges),
         "replies_judged": looked + rolled,
@@ -128,6 +137,33 @@ def _seconds_of_a_controller(work: _Work, *, train: int, measured: int) -> dict[
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class _Compared:
+    """A file's pairs: how many, tokens of one with its prompt, and optimiser steps on them."""
+
+    count: int
+    tokens: float
+    steps: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[Compared], recipe: Recipe) -> _Compared:
+        if not pairs:
+            return cls(0, 0.0, 0)
+        how = recipe.pairs
+        signs = sum(sum(len(m.content) for m in p.prompt.messages) + len(p.first) + len(p.second) for p in pairs)
+        steps = how.epochs * max(1, -(-round(len(pairs) * (1 - how.heldout)) // how.batch))
+        return cls(len(pairs), signs / len(pairs) / _SIGNS_A_TOKEN, steps)
+
+    def seconds(self, work: _Work) -> float:
+        """Reference and steps of every pass, and held-out pairs under both models, before and after."""
+        how = work.recipe.pairs
+        trained = round(self.count * (1 - how.heldout))
+        measured = work.forward(4 * (self.count - trained) * self.tokens)
+        return measured + how.epochs * (
+            work.forward(trained * self.tokens) + work.learn(trained, how.batch, self.tokens)
+        )
+
+
 class _Work:
     """Seconds of a run's kinds of work on the whole model."""
 
@@ -166,7 +202,8 @@ def _warnings(recipe: Recipe, memory: float) -> list[str]:
         found.append(f"memory may reach {memory / 1e9:.1f} GB, above limits.memory_gb = {recipe.limits.memory_gb}")
     if not recipe.gate.enabled:
         found.append("the gate is off: nothing will be promoted")
-    if not (recipe.supervised.enabled or recipe.demonstrations.file or recipe.controller.enabled):
+    taught = recipe.supervised.enabled or recipe.demonstrations.file or recipe.controller.enabled
+    if not taught and recipe.update.rounds:
         found.append("without a supervised stage, replies that are never sampled cannot be learned")
     return found
 
@@ -233,6 +270,7 @@ def forecast_lines(found: dict[str, Any]) -> list[str]:
             f"  judges: {', '.join(found['judges'])}; {found['principles']} principles; "
             f"{found['replies_judged']} replies will be judged"
         ),
+        *([f"  pairs: {found['pairs']} compared in {found['keys']['pairs']['file']}"] if found["pairs"] else []),
         f"  learning: {found['optimiser_steps']} optimiser steps, {found['rounds']} policy-gradient rounds",
         (
             f"  estimated time {minutes:.1f} minutes, memory {found['estimated_memory_bytes'] / 1e9:.1f} GB, "

@@ -25,7 +25,7 @@ __all__ = ["gather"]
 
 Rows = Sequence[Mapping[str, Any]]
 _KINDS: tuple[Kind, ...] = ("answerable", "unanswerable", "ambiguous")
-_KNOWN_NOTES = {"constitution", "critic", "judges", "watched", "pieces", "self_view", "failures"}
+_KNOWN_NOTES = {"constitution", "critic", "judges", "watched", "pieces", "self_view", "failures", "heldout_pairs"}
 
 
 def gather(run: Run, caps: Caps | None = None) -> ReportData:

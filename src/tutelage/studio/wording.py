@@ -45,6 +45,11 @@ METRICS: Mapping[str, Metric] = {
     "reward": Metric(
         "Reward", +1, "mean over prompts, by the run's own judges; 100% is a standard deviation within a group"
     ),
+    "pairs_reward": Metric(
+        "Moved towards the better reply", +1, "share of held-out pairs; against the start model, half by definition"
+    ),
+    "pairs_likelihood": Metric("Finds the better reply likelier", +1, "share of held-out pairs"),
+    "pairs_per_token": Metric("Finds the better reply likelier a token", +1, "share of held-out pairs"),
     "abstained_known": Metric(
         "Lost to caution", -1, "share of what the start model had right; 0 before, by definition"
     ),
@@ -112,7 +117,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "Version",
         (
             "The model at one point: \u201cstart\u201d before any learning, \u201cr0\u201d after the "
-            "supervised stage, \u201cr1\u201d, \u201cr2\u201d, \u2026 after each round."
+            "supervised stage, \u201cp1\u201d, \u201cp2\u201d, \u2026 after each pass over a file\u2019s pairs, "
+            "\u201cr1\u201d, \u201cr2\u201d, \u2026 after each round."
         ),
     ),
     ("Constitution", "The written principles that replies are judged by. Its hash changes with every edit."),
