@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,7 @@ def forecast(recipe: Recipe, *, length: float | None = None) -> dict[str, Any]:
     every = [*train, *(item.prompt for item in (*gate, *heldout))]
     speeds = measure(recipe, every[:: max(1, len(every) // 200)])
     labels = len(labelled(recipe)[0])
-    lengths = _LENGTH if length is None else dict.fromkeys(_LENGTH, length)
-    work = _Work(recipe, speeds, {k: share * recipe.sampling.max_new_tokens for k, share in lengths.items()})
+    work = _Work(recipe, speeds, length)
     seconds = _seconds(work, train=len(train), gate=len(gate), heldout=len(heldout), shown=shown)
     if pairs.count:
         seconds["pairs"] = pairs.seconds(work)
@@ -167,8 +166,10 @@ class _Compared:
 class _Work:
     """Seconds of a run's kinds of work on the whole model."""
 
-    def __init__(self, recipe: Recipe, speeds: Speeds, lengths: Mapping[str, float]) -> None:
-        self.recipe, self.speeds, self.lengths = recipe, speeds, lengths
+    def __init__(self, recipe: Recipe, speeds: Speeds, length: float | None = None) -> None:
+        self.recipe, self.speeds = recipe, speeds
+        shares = _LENGTH if length is None else dict.fromkeys(_LENGTH, length)
+        self.lengths = {kind: share * recipe.sampling.max_new_tokens for kind, share in shares.items()}
         self.learned = speeds.layers - round(recipe.lora.from_depth * speeds.layers)
 
     def generate(self, prompts: int, samples: int, length: float) -> float:
