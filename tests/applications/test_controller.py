@@ -274,4 +274,4 @@ def test_the_gate_rejects_unless_the_controller_surely_wins(
 def test_the_built_in_recipe_is_one_of_a_controller() -> None:
     rules = load_recipe("controller").controller
     assert rules.enabled
-    assert rules.patterns == (("no-digits", "[0-9]"),)
+    assert rules.choices == 6 and rules.openings == ("I don't know", "Could you tell me")

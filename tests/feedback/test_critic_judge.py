@@ -43,6 +43,16 @@ def test_a_critic_of_words_learns_judges_and_is_checked(pairs, tmp_path, world):
     assert verdicts and {v["judge_version"] for v in verdicts} == {found["version"]}
     assert all("liked" in r["terms"] for r in world.rows("rewards"))
 
+    notes = [n["body"] for n in world.rows("notes", topic="triggers")]
+    assert {n["judge"] for n in notes} == {"liked"} and "round-1" in {n["unit"] for n in notes}
+    replies = {g["id"]: g["text"] for g in world.rows("generations")}
+    for note in notes:
+        assert 0 < len(note["replies"]) <= 4
+        for row in note["replies"]:
+            assert replies[row["id"]] == row["text"]
+            assert all(row["text"][p["start"] : p["end"]] == p["text"] and p["score"] < 0 for p in row["places"])
+    assert "Trigger words" in next(world.runs.glob("*/report.html")).read_text(encoding="utf-8")
+
 
 def test_a_file_that_is_no_critic_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"nothing")

@@ -1,5 +1,6 @@
 """The page: one safe offline file that shows what the ledger holds and says what it lacks."""
 
+import dataclasses
 import itertools
 import re
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ from tutelage.store.runs import Run
 from tutelage.studio.gather import gather
 from tutelage.studio.page import Caps
 from tutelage.studio.report import SIZE_LIMIT, render, write_report
+from tutelage.studio.triggers import blamed
 
 VOID = {"meta", "br", "hr", "input", "img", "link", "base", "col", "source"}
 SECTIONS = ["headline", "pairs", "curves", "verdicts", "credit", "gate", "imitated", "self", "failed", "reading"]
@@ -187,6 +189,22 @@ def test_credit_is_coloured_and_numbered(whole):
     for attributes in tokens:
         level = attributes["class"].split()[1]
         assert level == "z" or (level[0] == "p") == (attributes["title"][7] == "+")
+
+
+def test_trigger_words_are_marked_by_more_than_colour_and_stay_texts(story):
+    run = story().whole()
+    text = "Go away, <b>fool</b>, do."
+    place = {"start": 9, "end": 20, "text": text[9:20], "score": -1.25}
+    row = {"id": "g", "prompt": "Who?", "text": text, "reward": -2.5, "places": [place]}
+    shown = blamed([{"unit": "round-1", "judge": "polite", "replies": [row]}, None], 5, 400)
+    assert shown[0].parts == (("Go away, ", None), ("<b>fool</b>", -1.25), (", do.", None))
+    found = render(dataclasses.replace(gather(run), blamed=tuple(shown)))
+    assert "<mark>[&lt;b&gt;fool&lt;/b&gt;]</mark>" in found and "-1.25" in Page(found).seen
+    assert "polite" in Page(found).seen and "Trigger words" in Page(found).seen
+    assert "Trigger words" not in render(gather(run))
+    # A place behind what is shown is left out; what is cut says so.
+    (short,) = blamed([{"unit": "round-1", "judge": "polite", "replies": [row]}], 5, 12)
+    assert short.parts == (("Go away, <b>…", None),)
 
 
 def test_hostile_texts_stay_texts(story):

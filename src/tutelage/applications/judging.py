@@ -31,6 +31,7 @@ __all__ = [
     "checked",
     "free_name",
     "fuse_judges",
+    "marked",
     "parse_judge",
     "refuse_untrusted",
     "rejudge",
@@ -209,6 +210,28 @@ def refuse_untrusted(judges: Sequence[ComparingJudge], *, others: bool, allowed:
         for one in refused:
             one["why"] = [*one["why"], "trained all the same: feedback.allow_refused is true"]
     return known
+
+
+def marked(file: Path, texts: Path | None, said: Sequence[str], *, share: float, model: str) -> list[dict[str, Any]]:
+    """Texts of a file and of the command line, each with a critic's reward and its trigger words.
+
+    Raises:
+        InputError: There is no text, or the file is broken.
+        ModelError: The first file is no critic, or `model` is not the one it learned on.
+    """
+    from tutelage.feedback.critic_data import Passage, Reader, read_texts
+    from tutelage.feedback.text_critic import TextCritic
+    from tutelage.loop.marking import mark
+
+    passages = [*(read_texts(texts) if texts else ()), *(Passage(text) for text in said if text.strip())]
+    if not passages:
+        raise InputError("there is no text to mark", expected="a file of texts, or --text", fix="name one of the two")
+    critic = TextCritic.load(file)
+    found = mark(critic, Reader.open(critic.source, model=model), passages, share=share)
+    return [
+        {"text": m.passage.text, "reward": m.reward, "places": [dataclasses.asdict(place) for place in m.places]}
+        for m in found
+    ]
 
 
 def rejudge(

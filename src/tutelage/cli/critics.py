@@ -9,7 +9,7 @@ from cyclopts import App
 
 from tutelage.cli.parameters import Json, app, help_, show
 
-__all__ = ["critic", "perturb", "train"]
+__all__ = ["critic", "mark", "perturb", "train"]
 
 critic = App(name="critic", help="Critics from labelled data.")
 app.command(critic)
@@ -82,6 +82,41 @@ def perturb(
         lambda: [f"{found['file']}: {found['rows']} rows from {found['dialogues']} dialogues ({counted})"],
     )
     return 0
+
+
+@critic.command
+def mark(
+    file: Annotated[Path, help_("critic: what `critic train` wrote")],
+    texts: Annotated[
+        Path | None, help_("JSONL, CSV or Parquet of texts, as for training; a label is not needed")
+    ] = None,
+    *,
+    text: Annotated[list[str] | None, help_("a text itself, repeatable")] = None,
+    share: Annotated[float, help_("of the blame that the marked words carry")] = 0.5,
+    model: Annotated[str | None, help_("language model whose hidden states the critic reads")] = None,
+    as_json: Json = False,
+) -> int:
+    """Mark the words that turn a critic against a text: each is left out in turn, and the text judged again.
+
+    Examples to type:
+        tutelage critic mark toxicity.safetensors --text "You are a fool, my friend."
+        tutelage critic mark safety.safetensors replies.jsonl --json
+    """
+    from tutelage.applications.judging import marked
+    from tutelage.engines.weights import EMBEDDED_POLICY
+
+    found = marked(file, texts, text or [], share=share, model=model or EMBEDDED_POLICY)
+    show(found, as_json, lambda: [line for row in found for line in _marked_lines(row)])
+    return 0
+
+
+def _marked_lines(row: dict[str, Any]) -> list[str]:
+    shown, at = "", 0
+    for place in sorted(row["places"], key=lambda p: int(p["start"])):
+        shown += f"{row['text'][at : place['start']]}[{row['text'][place['start'] : place['end']]}]"
+        at = place["end"]
+    worst = ", ".join(f"{place['text']} {place['score']:+.2f}" for place in row["places"])
+    return [f"{row['reward']:+.2f}  {shown}{row['text'][at:]}", *([f"       {worst}"] if worst else [])]
 
 
 def _critic_lines(found: dict[str, Any]) -> list[str]:

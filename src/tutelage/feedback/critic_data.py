@@ -31,6 +31,7 @@ from tutelage.records import Message, Prompt
 __all__ = [
     "BLOCKS", "Block", "Features", "LabelledPassages", "Pairs", "Passage", "Reader", "Source",
     "families", "read_dialogues", "read_labelled_passages", "read_pairs", "read_passages",
+    "read_texts",
 ]  # fmt: skip
 
 Source = Literal["trunk", "encoder", "both", "words"]
@@ -79,20 +80,27 @@ def read_labelled_passages(path: Path) -> LabelledPassages:
     """
     passages, labels = [], []
     for place, row in _rows(path):
-        for text, context in (("response", "prompt"), ("claim", "evidence"), ("text", "")):
-            if text in row:
-                passages.append(Passage(_text(row, text, place), _context(row, context, place) if context else ()))
-                break
-        else:
-            raise InputError(
-                f"{place} has the columns {', '.join(map(str, row)) or 'none'}",
-                expected="label, and text, or prompt and response, or claim and evidence",
-            )
+        passages.append(_passage(row, place))
         label = row.get("label")
         if label is None or isinstance(label, dict | list) or not str(label).strip():
             raise InputError(f"{place} has no label", expected="a word or number under 'label'", fix="label the row")
         labels.append(str(label).strip())
     return LabelledPassages(tuple(passages), tuple(labels))
+
+
+def read_texts(path: Path) -> list[Passage]:
+    """The same rows where nobody has labelled them; a label is passed over."""
+    return [_passage(row, place) for place, row in _rows(path)]
+
+
+def _passage(row: Mapping[str, Any], place: str) -> Passage:
+    for text, context in (("response", "prompt"), ("claim", "evidence"), ("text", "")):
+        if text in row:
+            return Passage(_text(row, text, place), _context(row, context, place) if context else ())
+    raise InputError(
+        f"{place} has the columns {', '.join(map(str, row)) or 'none'}",
+        expected="label, and text, or prompt and response, or claim and evidence",
+    )
 
 
 def read_pairs(path: Path) -> Pairs:

@@ -14,6 +14,7 @@ from tutelage.feedback.drift import Anchored
 from tutelage.feedback.panel import Findings
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.choice import Rewards
+from tutelage.loop.marking import note_triggers
 from tutelage.objectives.advantages import gae, moving_mean, overlong_penalty, whiten
 from tutelage.objectives.constrained import mix_advantages
 from tutelage.objectives.divergence import importance, kl_k1
@@ -98,9 +99,11 @@ def judge(
             findings.verdicts.extend(verdicts)
     for one in bench.judges:
         bench.progress.stage(f"{unit.name}: {one.name}", len(prompts), "prompts")
-        for terms, given in zip(findings.terms_PKG, one.judge(prompts, replies_PG), strict=True):
+        given_PG = one.judge(prompts, replies_PG)
+        for terms, given in zip(findings.terms_PKG, given_PG, strict=True):
             terms[one.name] = [v.value for v in given]
             findings.verdicts.extend(given)
+        note_triggers(one, prompts, replies_PG, given_PG, unit)
         bench.progress.advance(len(prompts))
     unit.verdicts(findings.verdicts)
     bench.progress.advance()

@@ -20,12 +20,15 @@ from tutelage.studio import samples
 from tutelage.studio.figures import Measure, curves, gate_shares, measures, share_bars, thin
 from tutelage.studio.page import Caps, Comparison, DecisionView, JudgeRow, Principle, ReportData
 from tutelage.studio.samples import Card, Text, balanced, clip, order_key, tally
+from tutelage.studio.triggers import blamed
 
 __all__ = ["gather"]
 
 Rows = Sequence[Mapping[str, Any]]
 _KINDS: tuple[Kind, ...] = ("answerable", "unanswerable", "ambiguous")
-_KNOWN_NOTES = {"constitution", "critic", "judges", "watched", "pieces", "self_view", "failures", "heldout_pairs"}
+_KNOWN_NOTES = {
+    "constitution", "critic", "judges", "watched", "pieces", "self_view", "failures", "heldout_pairs", "triggers",
+}  # fmt: skip
 
 
 def gather(run: Run, caps: Caps | None = None) -> ReportData:
@@ -68,6 +71,7 @@ def gather(run: Run, caps: Caps | None = None) -> ReportData:
         cards_total=cards_total,
         heat=tuple(heat),
         heat_total=len(credits),
+        blamed=tuple(blamed(notes.get("triggers", []), caps.heat, caps.characters)),
         decisions=_decisions(decisions, caps),
         decisions_total=len(decisions),
         targets=tuple(samples.targets(all_targets, prompts, own, caps.targets, caps.characters)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from tutelage.studio.figures import Curve, Measure, ShareBar
 from tutelage.studio.samples import Card, HeatReply, Pair, TargetView, Text
+from tutelage.studio.triggers import Blamed
 
 __all__ = ["Caps", "Comparison", "DecisionView", "JudgeRow", "Principle", "ReportData"]
 
@@ -97,6 +98,7 @@ class ReportData:
     cards_total: int
     heat: tuple[HeatReply, ...]
     heat_total: int
+    blamed: tuple[Blamed, ...]
     decisions: tuple[DecisionView, ...]
     decisions_total: int
     targets: tuple[TargetView, ...]
