@@ -10,7 +10,6 @@ import ast
 import importlib.metadata
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -28,7 +27,7 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_ROUND_LINES = 150
 MAX_CORE_DEPENDENCIES = 15
-MAX_HELP_SECONDS = 0.3
+MAX_HELP = 3.0  # times what the command-line library alone takes to import
 BANNED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager"}
 NO_BLIND_EXCEPT = ("feedback", "rewards", "credit", "objectives")
 NO_TORCH = ("errors.py", "records.py", "config", "cli", "store", "studio")
@@ -329,18 +328,18 @@ def children_seconds() -> float:
 
 
 def test_help_answers_at_once():
-    # Processor time: on a quiet machine it is the time a user waits, and on a busy one it still is
-    # the time of this program and not of the others.
+    # Processor time, in units of this machine, and the least of several: the rest is what others disturb.
     code = "from tutelage.cli import main; sys.argv[0] = 'tutelage'; sys.exit(main())"
-    seconds = []
+    seconds: dict[str, list[float]] = {"import cyclopts": [], code: []}
     for _ in range(6):
-        start = children_seconds()
-        done = run_python(code, "--help")
-        seconds.append(children_seconds() - start)
-        assert done.returncode == 0, done.stderr
-        assert "run" in done.stdout
-    # The first call may have to compile byte code, which a user pays for once.
-    assert statistics.median(seconds[1:]) < MAX_HELP_SECONDS, seconds
+        for one, spent in seconds.items():
+            start = children_seconds()
+            done = run_python(one, "--help")
+            spent.append(children_seconds() - start)
+            assert done.returncode == 0, done.stderr
+    assert "run" in done.stdout
+    library, program = (min(spent) for spent in seconds.values())
+    assert program < MAX_HELP * library, seconds
 
 
 # What must not be in the repository

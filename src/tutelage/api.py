@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tutelage.loop.evaluate import Answers
     from tutelage.loop.improve import Result
 
-__all__ = ["Measured", "evaluate", "export", "load_for_use", "open_run", "run"]
+__all__ = ["Measured", "evaluate", "export", "load_for_use", "measured", "open_run", "run"]
 
 
 def run(
@@ -156,7 +156,6 @@ def evaluate(
         TutelageError: A model or suite cannot be read, `out` not written, or a number makes no sense.
     """
     from tutelage.loop.evaluate import compare
-    from tutelage.loop.evaluate import shares as shares_of
     from tutelage.store.prompts import read_suite
 
     if out is not None and not Path(out).parent.is_dir():
@@ -171,11 +170,7 @@ def evaluate(
         second = load_for_use(against, runs=runs, dtype=str(lm.dtype).removeprefix("torch."))
         other = _answers(second, items, path.stem, system, max_new_tokens, progress)
         differences = tuple(dataclasses.asdict(e) for e in compare(other, answers))
-    counts = {
-        kind: {o: answers.of(kind).count(o) for o in ("correct", "wrong", "abstained", "asked_back")}
-        for kind in ("answerable", "unanswerable", "ambiguous")
-    }
-    found = Measured(answers.version, path.stem, len(items), counts, shares_of(answers), differences)
+    found = measured(answers, differences)
     if out is not None:
         rows = [
             {"prompt": i.prompt.text, "kind": i.kind, "reply": r, "outcome": o}
@@ -184,6 +179,22 @@ def evaluate(
         text = json.dumps(found.as_dict() | {"answers": rows}, indent=2, ensure_ascii=False)
         write_atomic(Path(out), text + "\n")
     return found
+
+
+def measured(answers: Answers, against: Sequence[dict[str, Any]] = ()) -> Measured:
+    """Counts and shares of a model's replies to a suite.
+
+    Args:
+        answers: The replies, with what each did.
+        against: Paired differences to another model's, if there is one.
+    """
+    from tutelage.loop.evaluate import shares
+
+    counts = {
+        kind: {o: answers.of(kind).count(o) for o in ("correct", "wrong", "abstained", "asked_back")}
+        for kind in ("answerable", "unanswerable", "ambiguous")
+    }
+    return Measured(answers.version, answers.suite, len(answers.items), counts, shares(answers), tuple(against))
 
 
 def _answers(

@@ -171,13 +171,14 @@ def test_width_and_seed_make_another_network() -> None:
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     controller = preferring(7, per_token=True, size=6)
+    controller.depth = 0.5
     controller.fit(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)))
     path = tmp_path / "controller.safetensors"
     controller.save(path)
     again = Controller.load(path)
     states = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     assert torch.equal(again(states), controller(states))
-    assert (again.grid, again.per_token, again.width) == (GRID, True, 32)
+    assert (again.grid, again.per_token, again.width, again.depth) == (GRID, True, 32, 0.5)
     first = path.read_bytes()
     again.save(path)
     assert path.read_bytes() == first
@@ -260,17 +261,19 @@ def test_settings_choices_and_ids_of_replies_say_how_they_were_drawn(tiny_lm: An
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_what_is_read_is_the_models_own_last_state(
-    tiny_lms: dict[str, Any], plain_models: dict[str, Any], kind: str, per_token: bool
+@pytest.mark.parametrize(("depth", "number"), [(1.0, -1), (0.34, 2)])
+def test_what_is_read_is_the_models_own_state_at_that_depth(
+    tiny_lms: dict[str, Any], plain_models: dict[str, Any], kind: str, per_token: bool, depth: float, number: int
 ) -> None:
+    """Of three layers a third is the layer of number 1, whose output transformers lists third."""
     lm = tiny_lms[kind]
-    steering = Assigned(menu_of(GRID, lm), [2, 6], per_token=per_token)
+    steering = Assigned(menu_of(GRID, lm), [2, 6], per_token=per_token, depth=depth)
     table = generate(lm, steering, samples=2, rows=3)
     for prompt, group in zip(PROMPTS, table, strict=True):
         for reply in group:
             ids = lm.encode(prompt)
             out = plain_models[kind](torch.tensor([ids + reply.tokens]), output_hidden_states=True)
-            wanted = out.hidden_states[-1][0, len(ids) - 1 : -1].detach()
+            wanted = out.hidden_states[number][0, len(ids) - 1 : -1].detach()
             trace = steering.traces[reply.id]
             assert trace.states_TD.shape == ((len(reply.tokens) if per_token else 1), 48)
             assert torch.allclose(trace.states_TD, wanted[: len(trace.states_TD)], atol=1e-4)

@@ -73,6 +73,7 @@ def _control(bench: Workbench) -> Control:
         lm.head_VD.shape[1],
         width=rules.width,
         per_token=rules.scope == "token",
+        depth=rules.depth,
         seed=derive_seed(bench.recipe.seed, "controller"),
     ).to(lm.device)
     return Control(bench, ControllerLearner(network, learning_rate=rules.learning_rate), menu_of(grid, lm))

@@ -1,17 +1,21 @@
-"""Commands around modules, one adapter a trait: show, mix, isolate, swap, extend."""
+"""Commands around modules, one adapter a trait: show, mix, isolate, swap, extend, decode with several."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from tutelage.cli.parameters import Json, Runs, app, help_, show
+from tutelage.cli.parameters import MODEL_HELP, Json, Longest, Runs, app, help_, show
 
-__all__ = ["extend", "isolate", "mix", "modules", "show_", "swap"]
+if TYPE_CHECKING:
+    from tutelage.applications.decoding import Decoding
 
-modules = App(name="modules", help="One adapter a trait: show, mix, isolate, swap, extend.")
+__all__ = ["decode", "extend", "isolate", "mix", "modules", "show_", "swap"]
+
+modules = App(name="modules", help="One adapter a trait: show, mix, isolate, swap, extend, decode with several.")
 app.command(modules)
 
 Place = Annotated[str, help_("[NAME=]adapter folder, RUN or RUN@VERSION")]
@@ -174,4 +178,78 @@ def extend(
 
     found = extended(adapter, new, out, weight=weight, runs=runs)
     show(found, as_json, lambda: _written_lines(found))
+    return 0
+
+
+@modules.command
+def decode(
+    base: Annotated[str, help_(f"RUN, RUN@VERSION or a model: {MODEL_HELP}")],
+    *,
+    others: Annotated[
+        list[str] | None, Parameter(name="--with", negative="", help="a model, run or adapter beside it; repeatable")
+    ] = None,
+    weights: Annotated[
+        list[float] | None,
+        Parameter(name="--weight", negative="", help="one a --with, in their order; the base has what is left of 1"),
+    ] = None,
+    anti_expert: Annotated[str, help_("instead of --with: a model, run or adapter to be pushed away from")] = "",
+    expert: Annotated[str, help_("and one to be pushed towards (default: the base)")] = "",
+    alpha: Annotated[float, help_("strength of that push")] = 1.0,
+    top_p: Annotated[float, help_("with an anti-expert: mass of the base's tokens that may be drawn")] = 0.9,
+    prompt: Annotated[str | None, help_("answer this one")] = None,
+    prompts: Annotated[str | None, help_("answer these: JSONL, CSV or Parquet; needs --out")] = None,
+    suite: Annotated[str | None, help_("measure on this suite, against the base alone")] = None,
+    limit: Annotated[int | None, help_("only the first prompts or items")] = None,
+    out: Annotated[Path | None, help_("JSONL of the replies to --prompts")] = None,
+    temperature: Annotated[float, help_("0 takes the likeliest token")] = 0.0,
+    max_new_tokens: Longest = 64,
+    seed: Annotated[int, help_("of the draws")] = 0,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Let several models say each next token together, without merging their weights.
+
+    Examples to type:
+        tutelage modules decode smollm2-135m-instruct --with short --weight 0.5 --prompt "Who built the Taj Mahal?"
+        tutelage modules decode smollm2-135m-instruct --anti-expert rude --alpha 1.5 --prompts q.jsonl --out said.jsonl
+        tutelage modules decode smollm2-135m-instruct --with honest --weight 0.7 --suite builtin:honesty-gate
+    """
+    from tutelage.applications.decoding import Decoding
+    from tutelage.applications.decoding import decode as decoded
+    from tutelage.config import data_file
+    from tutelage.errors import InputError
+    from tutelage.records import Message, Prompt, SamplerSettings
+    from tutelage.store.prompts import read_prompts
+    from tutelage.studio.console import choose_progress
+
+    if sum(given is not None for given in (prompt, prompts, suite)) != 1 or (prompts is None) != (out is None):
+        raise InputError(
+            "nothing to answer, or several things at once",
+            expected="one of --prompt TEXT, --prompts FILE with --out FILE, --suite FILE",
+        )
+    how = Decoding(base, tuple(others or ()), tuple(weights or ()), anti_expert, expert, alpha, top_p)
+    how.check()
+    if suite is not None:
+        return _measure(how, suite, limit=limit, max_new_tokens=max_new_tokens, runs=runs, as_json=as_json)
+    asked = [Prompt("prompt", (Message("user", prompt),))] if prompt is not None else []
+    asked = asked or read_prompts(data_file(str(prompts), suffix="questions/*.jsonl"), limit=limit)
+    settings = SamplerSettings(temperature, max_new_tokens=max_new_tokens)
+    with choose_progress(as_json=as_json) as progress:
+        said = decoded(how, asked, runs=runs, out=out, settings=settings, seed=seed, progress=progress)
+    found = {"out": str(out), "replies": len(said)} if out else {"prompt": prompt, "reply": said[0].text}
+    show(found, as_json, lambda: [f"{out}: {len(said)} replies" if out else said[0].text])
+    return 0
+
+
+def _measure(how: Decoding, suite: str, *, limit: int | None, max_new_tokens: int, runs: Path, as_json: bool) -> int:
+    from tutelage.api import measured
+    from tutelage.applications.decoding import measure
+    from tutelage.cli.training import measured_lines
+    from tutelage.loop.evaluate import compare
+    from tutelage.studio.console import choose_progress
+
+    with choose_progress(as_json=as_json) as progress:
+        alone, together = measure(how, suite, runs=runs, limit=limit, max_new_tokens=max_new_tokens, progress=progress)
+    found = measured(together, [dataclasses.asdict(e) for e in compare(alone, together)])
+    show(found.as_dict(), as_json, lambda: measured_lines(found))
     return 0

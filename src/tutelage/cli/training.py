@@ -26,7 +26,7 @@ from tutelage.cli.parameters import (
 )  # fmt: skip
 from tutelage.errors import TutelageError
 
-__all__ = ["chat", "doctor", "evaluate", "export", "fetch", "list_", "report", "run", "validate"]
+__all__ = ["chat", "doctor", "evaluate", "export", "fetch", "list_", "measured_lines", "report", "run", "validate"]
 
 
 @app.command
@@ -117,11 +117,12 @@ def evaluate(
             model, suite=suite, against=against, runs=runs, system=system, max_new_tokens=max_new_tokens,
             limit=limit, out=out, progress=progress,
         )  # fmt: skip
-    show(found.as_dict(), as_json, lambda: _measured_lines(found))
+    show(found.as_dict(), as_json, lambda: measured_lines(found))
     return 0
 
 
-def _measured_lines(found: Any) -> list[str]:
+def measured_lines(found: Any) -> list[str]:
+    """A model's outcomes on a suite, for people."""
     lines = ["", f"{found.model} on {found.suite} ({found.n} items)"]
     for kind, counts in found.outcomes.items():
         total = sum(counts.values())

@@ -15,7 +15,7 @@ Temperature = Annotated[float, Field(ge=0.0, le=10.0)]
 
 
 class Controller(Section):
-    """A small network reads the frozen model's last hidden state and chooses temperature, top-k, mask and opening."""
+    """A small network reads the frozen model's hidden state and chooses temperature, top-k, mask and opening."""
 
     enabled: bool = Field(False, description="learn this instead of the model, which stays as it is")
     scope: Literal["sequence", "token"] = Field("sequence", description="choose once a reply, or at every token")
@@ -31,6 +31,9 @@ class Controller(Section):
     )
     openings: tuple[str, ...] = Field(
         (), description="texts to choose from beside none: a reply begins with the text; with scope sequence"
+    )
+    depth: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.6, description="share of the layers after which the state is read; 1 is the last hidden state"
     )
     width: Count = Field(32, description="inner units of the network")
     rounds: Count = Field(6, description="rounds of drawing, judging and learning")

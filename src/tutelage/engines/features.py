@@ -18,7 +18,7 @@ from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import ModelError
 
-__all__ = ["Probe", "Reading", "read_trunk", "tapped"]
+__all__ = ["Probe", "Reading", "layer_at", "overheard", "read_trunk", "tapped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +94,33 @@ def tapped(
         probes: Where to read.
         stop: Leave each pass at the deepest probe; layers above are not needed.
     """
-    wanted = [min(lm.layers - 1, round(p.depth * lm.layers)) for p in probes]
-    caught: dict[int, torch.Tensor] = {}
-    deepest = max(wanted) if stop else None
-    handles = [_watch(layer, index, caught, deepest) for index, layer in _layers(lm) if index in set(wanted)]
+    wanted = [layer_at(lm, p.depth) for p in probes]
+    stack = contextlib.ExitStack()
+    caught = stack.enter_context(overheard(lm, wanted, stop=stop))
 
     def read(part: Pack) -> list[torch.Tensor]:
         with attention_plan(AttentionPlan(tree=part.tree.to(lm.device))), contextlib.suppress(_DeepEnough):
             lm.hidden(part.tokens_T[None], part.position_T[None])
         return [caught[index] for index in wanted]
 
-    try:
+    with stack:
         yield read
+
+
+def layer_at(lm: LanguageModel, depth: float) -> int:
+    """Number of the layer at a share of the layers; what it puts out is what is read at that depth."""
+    return min(lm.layers - 1, round(depth * lm.layers))
+
+
+@contextlib.contextmanager
+def overheard(lm: LanguageModel, layers: Sequence[int], *, stop: bool = False) -> Iterator[dict[int, torch.Tensor]]:
+    """What these layers put out in the last pass, (tokens, hidden) by number; with `stop` a pass ends at the last."""
+    caught: dict[int, torch.Tensor] = {}
+    deepest = max(layers) if stop else None
+    all_layers = _layers(lm) if layers else []
+    handles = [_watch(layer, index, caught, deepest) for index, layer in all_layers if index in set(layers)]
+    try:
+        yield caught
     finally:
         for handle in handles:
             handle.remove()

@@ -87,8 +87,18 @@ class LlamaStep:
         """
         return self.head(self.hidden(tokens_B, slots_B, memory, reach))
 
-    def hidden(self, tokens_B: torch.Tensor, slots_B: torch.Tensor, memory: KeyValueMemory, reach: int) -> torch.Tensor:
-        """Final hidden states after `tokens_B`, (rows, hidden); `head` makes logits of them."""
+    def hidden(
+        self,
+        tokens_B: torch.Tensor,
+        slots_B: torch.Tensor,
+        memory: KeyValueMemory,
+        reach: int,
+        overheard: dict[int, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Final hidden states after `tokens_B`, (rows, hidden); `head` makes logits of them.
+
+        What comes out of the layers that are keys of `overheard` is put there.
+        """
         count, heads, shared, width = len(tokens_B), self.heads, self.shared, self.width
         half = width // 2
         x = self.embed_VD[tokens_B]
@@ -104,6 +114,8 @@ class LlamaStep:
             x = x + layer.out(memory.attend(index, turned[:, :heads], bias, width**-0.5))
             gate, up = layer.gate_up(F.rms_norm(x, x.shape[1:], layer.between, self.eps)).chunk(2, -1)
             x = x + layer.down(F.silu(gate) * up)
+            if overheard is not None and index in overheard:
+                overheard[index] = x
         return F.rms_norm(x, x.shape[1:], self.last_norm, self.eps)
 
 

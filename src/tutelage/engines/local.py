@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from tutelage.engines.allocator import release_pages
-from tutelage.engines.attention import AttentionPlan, KeyValueMemory, attention_plan
 from tutelage.engines.llama import LlamaStep
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.engines.sampling import Steering, draw, draw_rows
+from tutelage.engines.voices import Blend, Layers, Voice
 from tutelage.errors import InputError, ModelError
 from tutelage.records import Generation, Prompt, SamplerSettings, content_hash
 
@@ -46,13 +46,12 @@ class _Job:
 
 @dataclasses.dataclass
 class _Prefix:
-    """Keys and values of a computed prompt: layer -> (kv_heads, length, head_dim); its last state and next logits."""
+    """A computed prompt: what each voice keeps of it, the first one's last state, the next logits."""
 
     length: int
-    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    layers_K: list[Layers]
     state_D: torch.Tensor
     logits_V: torch.Tensor
-    waiting: int
 
 
 class LocalCompleter:
@@ -64,22 +63,35 @@ class LocalCompleter:
         prefill_budget: Tokens a prefill pass may hold.
         int8: Decode with weights rounded to 8 bits (Llama family): faster where the processor
             multiplies bytes, and drawn from a slightly other model. Recorded log-probs are that model's.
+        blend: Other models that have a say in every token. Recorded log-probs are the blend's, and a
+            steering sees the states of `lm`.
 
     Raises:
-        ModelError: int8 is wished for, and the model is of another family.
+        ModelError: int8 is wished for, and the model is of another family; or vocabularies differ.
     """
 
-    def __init__(self, lm: LanguageModel, *, rows: int = 64, prefill_budget: int = 512, int8: bool = False) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        rows: int = 64,
+        prefill_budget: int = 512,
+        int8: bool = False,
+        blend: Blend | None = None,
+    ) -> None:
         if int8 and not LlamaStep.serves(lm):
             raise ModelError(
                 f"{lm.name} cannot be sampled in int8",
                 expected="a model of the Llama family (Llama, Mistral, Qwen2, SmolLM)",
                 fix="set sampling.int8=false",
             )
+        if blend is not None:
+            blend.check(lm)
         self.lm = lm
         self.rows = rows
         self.prefill_budget = prefill_budget
         self.int8 = int8
+        self.blend = blend
 
     @torch.inference_mode()
     def generate(
@@ -145,7 +157,7 @@ class LocalCompleter:
         ]
         if jobs:
             release_pages()  # of what was learned or read before; and below, of packed weights and memory
-            self._run(jobs, encoded, samples, settings, progress, steering)
+            self._run(jobs, encoded, settings, progress, steering)
             release_pages()
         table: list[list[Generation]] = [[] for _ in prompts]
         for job in jobs:
@@ -177,7 +189,6 @@ class LocalCompleter:
         self,
         jobs: list[_Job],
         encoded: list[tuple[int, ...]],
-        samples: int,
         settings: SamplerSettings,
         progress: Callable[[int], None],
         steering: Steering | None,
@@ -187,42 +198,28 @@ class LocalCompleter:
         groups = [Group(encoded[p], (), ()) for p in order]
         packs = collections.deque(pack(groups, budget=self.prefill_budget))
         capacity = max(len(e) for e in encoded) + settings.max_new_tokens
-        memory = KeyValueMemory(min(self.rows, len(jobs)), -(-capacity // 32) * 32)
+        rows = min(self.rows, len(jobs))
+        models = (self.lm, *(self.blend.others if self.blend else ()))
+        size = {"rows": rows, "capacity": -(-capacity // 32) * 32}
+        depth = 1.0 if steering is None else steering.depth
+        voices = [Voice(lm, **size, int8=self.int8, depth=depth) for lm in models]
         by_prompt: dict[int, list[_Job]] = collections.defaultdict(list)
         for job in jobs:
             by_prompt[job.prompt].append(job)
         queue: collections.deque[tuple[_Job, _Prefix]] = collections.deque()
         taken = 0
-        fast = LlamaStep(self.lm, rows=memory.rows, int8=self.int8) if LlamaStep.serves(self.lm) else None
-        batch = _Batch(self.lm, memory, settings, fast, steering)
+        batch = _Batch(voices, self.blend, settings, steering)
         while queue or packs or batch.jobs:
-            while len(batch.jobs) < memory.rows and (queue or packs):
+            while len(batch.jobs) < rows and (queue or packs):
                 if not queue:
                     fresh = packs.popleft()
-                    for prefix in self._prefill(fresh, samples):
+                    for prefix in batch.prefill(fresh):
                         queue.extend((job, prefix) for job in by_prompt[order[taken]])
                         taken += 1
                     if steering is not None and not steering.per_token:
                         _choose(steering, [(job, prefix.state_D) for job, prefix in queue])
                 batch.admit(*queue.popleft())
             progress(batch.step())
-
-    def _prefill(self, fresh: Pack, samples: int) -> list[_Prefix]:
-        plan = AttentionPlan(tree=fresh.tree.to(self.lm.device), capture=True)
-        with attention_plan(plan):
-            hidden = self.lm.hidden(fresh.tokens_T[None], fresh.position_T[None])[0]
-        logits = hidden[list(fresh.prompt_end)] @ self.lm.head_VD.T
-        prefixes = []
-        for (start, end), last, row in zip(fresh.prompt_spans, fresh.prompt_end, logits, strict=True):
-            layers = {
-                index: (
-                    torch.cat([k[:, : fresh.root], k[:, start:end]], 1),
-                    torch.cat([v[:, : fresh.root], v[:, start:end]], 1),
-                )
-                for index, (k, v) in plan.captured.items()
-            }
-            prefixes.append(_Prefix(fresh.root + end - start, layers, hidden[last].clone(), row, samples))
-        return prefixes
 
 
 def reply_of(
@@ -282,23 +279,32 @@ class _Batch:
     """Rows that decode together. Row i of the key-value memory belongs to `jobs[i]`."""
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        memory: KeyValueMemory,
-        settings: SamplerSettings,
-        fast: LlamaStep | None,
-        steering: Steering | None,
+        self, voices: Sequence[Voice], blend: Blend | None, settings: SamplerSettings, steering: Steering | None
     ) -> None:
-        self.lm, self.memory, self.settings, self.fast, self.steering = lm, memory, settings, fast, steering
+        self.voices, self.blend, self.settings, self.steering = voices, blend, settings, steering
+        self.lm = voices[0].lm
         self.jobs: list[_Job] = []
         self.lengths: list[int] = []  # tokens already in memory, a row
         self._fresh: list[_Prefix] = []  # of the last rows, whose next logits are known
 
+    def prefill(self, fresh: Pack) -> list[_Prefix]:
+        """Compute prompts, by every voice."""
+        layers_KP, states_KPD, logits_KPV = zip(*(voice.prefill(fresh) for voice in self.voices), strict=True)
+        logits_PV = self._one(logits_KPV)
+        lengths = [fresh.root + end - start for start, end in fresh.prompt_spans]
+        return [
+            _Prefix(length, [layers[p] for layers in layers_KP], states_KPD[0][p].clone(), logits_PV[p])
+            for p, length in enumerate(lengths)
+        ]
+
+    def _one(self, logits_KBV: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The logits that are drawn from."""
+        return self.blend.combine(logits_KBV) if self.blend else logits_KBV[0]
+
     def admit(self, job: _Job, prefix: _Prefix) -> None:
         """Give a free row to `job`, starting from its prompt's keys and values."""
-        row = len(self.jobs)
-        for index, (k, v) in prefix.layers.items():
-            self.memory.fill(index, row, k, v)
+        for voice, layers in zip(self.voices, prefix.layers_K, strict=True):
+            voice.admit(len(self.jobs), layers)
         self.jobs.append(job)
         self.lengths.append(prefix.length)
         self._fresh.append(prefix)
@@ -348,15 +354,10 @@ class _Batch:
         device = self.lm.device
         lengths = torch.tensor(self.lengths[:count], device=device)
         last = torch.tensor([job.tokens[-1] for job in self.jobs[:count]], device=device)
-        reach = int(max(self.lengths[:count])) + 1
         for row in range(count):
             self.lengths[row] += 1
-        if self.fast is not None:
-            hidden = self.fast.hidden(last, lengths, self.memory, reach)
-            return hidden, self.fast.head(hidden)
-        with attention_plan(AttentionPlan(memory=self.memory, slots_B=lengths, reach=reach)):
-            hidden = self.lm.hidden(last[:, None], lengths[:, None])[:, 0]
-        return hidden, hidden @ self.lm.head_VD.T
+        states_KBD, logits_KBV = zip(*(voice.forward(last, lengths) for voice in self.voices), strict=True)
+        return states_KBD[0], self._one(logits_KBV)
 
     def _retire(self) -> int:
         limit = self.settings.max_new_tokens
@@ -364,7 +365,8 @@ class _Batch:
         for row in reversed(done):
             tail = len(self.jobs) - 1
             if row != tail:  # the last row moves into the hole, so rows stay contiguous
-                self.memory.move(tail, row, self.lengths[tail])
+                for voice in self.voices:
+                    voice.memory.move(tail, row, self.lengths[tail])
                 self.jobs[row], self.lengths[row] = self.jobs[tail], self.lengths[tail]
             self.jobs.pop()
             self.lengths.pop()

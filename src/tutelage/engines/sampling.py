@@ -61,7 +61,7 @@ class Menu:
 
 
 class Steering(Protocol):
-    """Chooses from a menu how rows are drawn, by what the model's last hidden states say."""
+    """Chooses from a menu how rows are drawn, by what the model's hidden states say."""
 
     @property
     def menu(self) -> Menu:
@@ -71,11 +71,15 @@ class Steering(Protocol):
     def per_token(self) -> bool:
         """Choose at every token; else once, before a reply's first token."""
 
+    @property
+    def depth(self) -> float:
+        """At what share of the layers the states are read; 1 is the last hidden state."""
+
     def choose(self, states_BD: torch.Tensor, uniform_B: torch.Tensor, sample_B: Sequence[int]) -> torch.Tensor:
         """One line of the menu a row, int64.
 
         Args:
-            states_BD: Last hidden states, those that the next token's logits are made of.
+            states_BD: The model's states at `depth`, at the last token so far.
             uniform_B: A number in [0, 1) a row, that row's own whatever shares its batch.
             sample_B: Which of its prompt's replies each row is.
         """

@@ -91,7 +91,8 @@ class _Pinned:
     """A steering that lets the controller choose, and then takes one setting all the same."""
 
     def __init__(self, inner: Steered, action: int) -> None:
-        self.inner, self.menu, self.per_token, self.action = inner, inner.menu, inner.per_token, action
+        self.inner, self.menu, self.action = inner, inner.menu, action
+        self.per_token, self.depth = inner.per_token, inner.depth
         self.seconds = 0.0
 
     def choose(self, states_BD: torch.Tensor, uniform_B: torch.Tensor, sample_B: Sequence[int]) -> torch.Tensor:

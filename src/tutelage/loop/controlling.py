@@ -129,7 +129,8 @@ def search(control: Control, train: Sequence[Prompt], unit: Unit) -> None:
     rules, bench = control.rules, control.bench
     prompts = train[: rules.grid_prompts or None]
     count = len(control.menu)
-    steering = Assigned(control.menu, range(count), per_token=control.controller.per_token)
+    network = control.controller
+    steering = Assigned(control.menu, range(count), per_token=network.per_token, depth=network.depth)
     samples = count * rules.grid_samples
     bench.progress.stage(f"{unit.name}: {count} settings", len(prompts) * samples, "replies")
     seed = derive_seed(bench.recipe.seed, "grid")

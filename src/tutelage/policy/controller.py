@@ -135,6 +135,7 @@ class Controller(nn.Module):
         size: D, numbers in a hidden state.
         width: Inner units.
         per_token: Choose at every token; else once a reply.
+        depth: At what share of the layers the states are read; 1 is the last hidden state.
         seed: Of the inner layer's first weights.
     """
 
@@ -142,9 +143,11 @@ class Controller(nn.Module):
     scale_D: torch.Tensor
     parts_AF: torch.Tensor
 
-    def __init__(self, grid: Grid, size: int, *, width: int = 32, per_token: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, grid: Grid, size: int, *, width: int = 32, per_token: bool = False, depth: float = 1.0, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.grid, self.size, self.width, self.per_token = grid, size, width, per_token
+        self.grid, self.size, self.width, self.per_token, self.depth = grid, size, width, per_token, depth
         parts_AF = grid.parts_AF
         self.inner = nn.Linear(size, width)
         self.outer = nn.Linear(width, parts_AF.shape[1])
@@ -175,7 +178,7 @@ class Controller(nn.Module):
     def save(self, path: Path) -> None:
         """Write weights, and in the header what they choose from."""
         kept = {"grid": dataclasses.asdict(self.grid), "size": self.size, "width": self.width}
-        header = json.dumps(kept | {"per_token": self.per_token}, sort_keys=True)
+        header = json.dumps(kept | {"per_token": self.per_token, "depth": self.depth}, sort_keys=True)
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, str(path), metadata={_HEADER: header})
 
@@ -195,7 +198,8 @@ class Controller(nn.Module):
                 tuple((name, pattern) for name, pattern in kept["grid"]["masks"]),
                 tuple(kept["grid"].get("openings", ())),
             )
-            found = cls(grid, kept["size"], width=kept["width"], per_token=kept["per_token"])
+            how = {"width": kept["width"], "per_token": kept["per_token"], "depth": kept.get("depth", 1.0)}
+            found = cls(grid, kept["size"], **how)
             found.load_state_dict(load_file(str(path)))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(
@@ -221,10 +225,11 @@ class Assigned:
         menu: What is chosen from.
         actions: Lines of the menu.
         per_token: Be asked at every token: then `traces` holds all states.
+        depth: Where these states are read.
     """
 
-    def __init__(self, menu: Menu, actions: Sequence[int], *, per_token: bool = False) -> None:
-        self.menu, self.actions, self.per_token = menu, tuple(actions), per_token
+    def __init__(self, menu: Menu, actions: Sequence[int], *, per_token: bool = False, depth: float = 1.0) -> None:
+        self.menu, self.actions, self.per_token, self.depth = menu, tuple(actions), per_token, depth
         self.traces: dict[str, Trace] = {}
 
     def choose(self, states_BD: torch.Tensor, uniform_B: torch.Tensor, sample_B: Sequence[int]) -> torch.Tensor:
@@ -250,7 +255,7 @@ class Steered:
 
     def __init__(self, controller: Controller, menu: Menu, *, likeliest: bool = False) -> None:
         self.controller, self.menu, self.likeliest = controller, menu, likeliest
-        self.per_token = controller.per_token
+        self.per_token, self.depth = controller.per_token, controller.depth
         self.traces: dict[str, Trace] = {}
 
     @torch.no_grad()
