@@ -5,7 +5,7 @@
     python benchmarks/credit.py --records credit.jsonl --first-seed 4 --seeds 2 --methods last,uniform
     python benchmarks/credit.py --records credit.jsonl --table     # play nothing, print what is there
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, bfloat16, GRPO with reward-to-go, 4 prompts x 8
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, GRPO with reward-to-go, 4 prompts x 8
 replies x 16 tokens a step, rate 2e-4, KL coefficient 0.04. The reward is the share of a reply's words that have
 at most four letters, so truth about credit is known: each word earns its own. Every STRIDE steps the policy is
 measured on 16 prompts that it never learns from, 2 replies each. A run ends when the mean of its last two
@@ -50,7 +50,7 @@ def asked(texts: Sequence[str]) -> list[Prompt]:
 def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]:
     """One training: steps it took, the curve on unseen prompts, KL a token at the end."""
     torch.manual_seed(seed)
-    lm = load_model("smollm2-135m-instruct", dtype="bfloat16")
+    lm = load_model("smollm2-135m-instruct")  # bfloat16 only where the processor has it
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=seed)
     completer = LocalCompleter(endless(lm), rows=64)
     learner = Learner(lm, adapter, learning_rate=RATE, budget=BUDGET)
@@ -70,7 +70,15 @@ def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]
             if len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level:
                 break
     reached = len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level
-    return {"method": method, "seed": seed, "steps": steps, "reached": reached, "curve": curve, "kl": kl}
+    return {
+        "method": method,
+        "seed": seed,
+        "steps": steps,
+        "reached": reached,
+        "curve": curve,
+        "kl": kl,
+        "dtype": str(lm.dtype),
+    }
 
 
 def groups_of(lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any) -> list[TrainGroup]:
