@@ -2,13 +2,16 @@
 
     python benchmarks/credit.py                       # ten seeds, three methods
     python benchmarks/credit.py --seeds 3 --json
+    python benchmarks/credit.py --records credit.jsonl --first-seed 4 --seeds 2 --methods last,uniform
+    python benchmarks/credit.py --records credit.jsonl --table     # play nothing, print what is there
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, bfloat16, GRPO with reward-to-go, 4 prompts x 8
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, GRPO with reward-to-go, 4 prompts x 8
 replies x 16 tokens a step, rate 2e-4, KL coefficient 0.04. The reward is the share of a reply's words that have
 at most four letters, so truth about credit is known: each word earns its own. Every STRIDE steps the policy is
 measured on 16 prompts that it never learns from, 2 replies each. A run ends when the mean of its last two
 measurements has reached --level, or after --longest steps, which then counts as its number. `last` is the usual
-sequence-level reward: with reward-to-go every token gets the whole advantage.
+sequence-level reward: with reward-to-go every token gets the whole advantage. With --records every finished run
+is appended to a file at once and never repeated, so that several sessions can add up.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +50,7 @@ def asked(texts: Sequence[str]) -> list[Prompt]:
 def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]:
     """One training: steps it took, the curve on unseen prompts, KL a token at the end."""
     torch.manual_seed(seed)
-    lm = load_model("smollm2-135m-instruct", dtype="bfloat16")
+    lm = load_model("smollm2-135m-instruct")  # bfloat16 only where the processor has it
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=seed)
     completer = LocalCompleter(endless(lm), rows=64)
     learner = Learner(lm, adapter, learning_rate=RATE, budget=BUDGET)
@@ -66,7 +70,15 @@ def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]
             if len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level:
                 break
     reached = len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level
-    return {"method": method, "seed": seed, "steps": steps, "reached": reached, "curve": curve, "kl": kl}
+    return {
+        "method": method,
+        "seed": seed,
+        "steps": steps,
+        "reached": reached,
+        "curve": curve,
+        "kl": kl,
+        "dtype": str(lm.dtype),
+    }
 
 
 def groups_of(lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any) -> list[TrainGroup]:
@@ -112,19 +124,62 @@ def shown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def read(records: Path, *, level: float, longest: int) -> list[dict[str, Any]]:
+    """Runs that stand in the file with these settings, one a method and seed, by seed.
+
+    Raises:
+        SystemExit: A line is no run.
+    """
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for number, line in enumerate(records.read_text(encoding="utf-8").splitlines() if records.is_file() else (), 1):
+        try:
+            row = json.loads(line)
+            if (row["level"], row["longest"]) == (level, longest):
+                found[row["seed"], row["method"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{records}:{number} is no run ({error!r}); delete that line") from error
+    return [found[key] for key in sorted(found)]
+
+
+def play(seeds: Iterable[int], methods: Sequence[str], records: Path | None, *, level: float, longest: int) -> Any:
+    """Run what is not in the records; each run is written before the next begins."""
+    rows = []
+    for seed in seeds:
+        for method in methods:
+            # Read again each time: another session may have finished it meanwhile.
+            done = read(records, level=level, longest=longest) if records else []
+            if any((r["seed"], r["method"]) == (seed, method) for r in done):
+                continue
+            row = run(method, seed, level=level, longest=longest) | {"level": level, "longest": longest}
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            if records:
+                records.parent.mkdir(parents=True, exist_ok=True)
+                with records.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    return read(records, level=level, longest=longest) if records else rows
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--methods", default=",".join(METHODS), help="parted by commas: " + ", ".join(METHODS))
     parser.add_argument("--level", type=float, default=0.8)
     parser.add_argument("--longest", type=int, default=60)
+    parser.add_argument("--records", type=Path, help="append finished runs here, and skip those that stand there")
+    parser.add_argument("--table", action="store_true", help="play nothing: print what stands in --records")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = []
-    for seed in range(given.seeds):
-        for method in METHODS:
-            rows.append(run(method, seed, level=given.level, longest=given.longest))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    methods = given.methods.split(",")
+    if unknown := [m for m in methods if m not in METHODS]:
+        parser.error(f"--methods: '{unknown[0]}' is none of {', '.join(METHODS)}")
+    if given.table and not given.records:
+        parser.error("--table needs --records")
+    seeds = range(given.first_seed, given.first_seed + (0 if given.table else given.seeds))
+    rows = play(seeds, methods, given.records, level=given.level, longest=given.longest)
+    rows = [r for r in rows if r["method"] in methods]
     print(json.dumps({"rows": rows, "level": given.level}) if given.json else shown(rows))
 
 

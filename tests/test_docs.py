@@ -24,7 +24,7 @@ from cyclopts import CycloptsError
 
 import tutelage
 from tutelage.cli import app
-from tutelage.config import Credit, Feedback, Recipe, Update, all_keys, data_file, load_recipe
+from tutelage.config import Credit, Feedback, Judge, Recipe, Update, all_keys, data_file, load_recipe
 from tutelage.errors import InputError, RecipeError, TutelageError
 from tutelage.feedback.constitution import load_constitution
 from tutelage.loop.evaluate import METRICS, share
@@ -333,6 +333,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "rloo": {"update.objective": "rloo"},
     "uniform-credit": {"credit.method": "uniform"},
+    "prefix-credit": {
+        "credit.method": "prefix",
+        "judges": (Judge(name="liked", kind="critic", model="liked.safetensors", weight=0.5).model_dump(),),
+    },
     "reinforce": {"update.objective": "reinforce"},
     "dr-grpo": {"update.objective": "dr-grpo"},
     "dapo": {"update.objective": "dapo", "update.kl": 0.0},

@@ -23,6 +23,7 @@ from tutelage.feedback.critic import ACTS, KINDS, Critic, LabelledText, directio
 from tutelage.feedback.panel import Panel
 from tutelage.feedback.roster import open_judge
 from tutelage.loop.bench import Workbench, derive_seed
+from tutelage.loop.crediting import check_credit
 from tutelage.loop.demonstrating import check_room
 from tutelage.loop.improve import Result, improve
 from tutelage.loop.versions import adapter_of
@@ -49,7 +50,7 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     """Everything a run reads from files, checked before any model is loaded.
 
     Raises:
-        InputError, RecipeError: A file is missing or broken; the message names file and line.
+        InputError, ModelError, RecipeError: A file is missing or broken; the message names file and line.
     """
     p = recipe.prompts
     train = read_prompts(data_file(p.train, suffix="questions/*.jsonl"), limit=p.limit)
@@ -64,6 +65,7 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     _apart(shown, gate, p.gate)
     _apart(shown, heldout, p.heldout)
     pairs_of(recipe, gate, heldout)
+    check_credit(recipe)
     if recipe.supervised.adapter and not Path(recipe.supervised.adapter).is_dir():
         raise InputError(
             f"supervised.adapter is {recipe.supervised.adapter}, which is no folder",

@@ -130,6 +130,7 @@ class Recipe(Section):
         if u.importance in ("mask", "geometric") and u.importance_low >= u.importance_cap:
             raise ValueError(f"update.importance = {u.importance} needs importance_low below importance_cap")
         self._objective_reads_its_options()
+        _ = self.critic_of_credit
         return self
 
     def _objective_reads_its_options(self) -> None:
@@ -159,6 +160,22 @@ class Recipe(Section):
         if not kind.charges and self.update.kl != Update.model_fields["kl"].default:
             own = "objective.beta" if "beta" in kind.options else "nothing"
             raise ValueError(f"update.kl is not read by update.objective = {name}; {own} holds it to the start")
+
+    @property
+    def critic_of_credit(self) -> str:
+        """Name of the judge whose reward credit explains; empty where it explains none."""
+        how, critics = self.credit, [j.name for j in self.judges if j.kind == "critic"]
+        if not how.explains:
+            return ""
+        if how.judge and how.judge not in critics:
+            raise ValueError(f"credit.judge is '{how.judge}': the critics of [[judges]] are {critics}")
+        if not how.judge and len(critics) != 1:
+            raise ValueError(
+                f"credit.method = {how.method} explains the reward of one critic on the trunk (tutelage critic train "
+                f"FILE --features trunk); [[judges]] has {len(critics)} of kind = critic: "
+                + ("name one in credit.judge" if critics else "add one")
+            )
+        return how.judge or critics[0]
 
     @property
     def pair_objective(self) -> ObjectiveName:

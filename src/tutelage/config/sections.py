@@ -154,8 +154,36 @@ class Constraint(Section):
 class Credit(Section):
     """How a reply's advantage is spread over its tokens."""
 
-    method: Literal["attention", "uniform", "last"] = Field("attention", description="where credit goes")
+    method: Literal["attention", "uniform", "last", "prefix", "integrated-gradients", "gradient-input"] = Field(
+        "attention", description="where credit goes; the last three as a critic's head explains its reward"
+    )
     beta: Fraction = Field(0.8, description="share that is spread; the rest stays on the last token")
+    judge: str = Field("", description="the critic of [[judges]] that is explained; needed where there are several")
+    steps: Count = Field(16, description="points on the path of integrated gradients")
+    rest: Literal["last", "spread"] = Field(
+        "last", description="who takes what the critic's scores leave of the advantage: the last token, or all alike"
+    )
+    drop_sinks: Literal["none", "first", "all"] = Field(
+        "none", description="tokens that earn no share of their own: each reply's first, or punctuation as well"
+    )
+
+    @model_validator(mode="after")
+    def _reads_its_options(self) -> Credit:
+        own = {
+            "judge": self.explains,
+            "rest": self.explains,
+            "steps": self.method == "integrated-gradients",
+            "drop_sinks": self.explains or self.method == "attention",
+        }
+        for key, read in own.items():
+            if not read and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"credit.{key} is not read by credit.method = {self.method}")
+        return self
+
+    @property
+    def explains(self) -> bool:
+        """Whether a critic's head explains its reward."""
+        return self.method not in ("attention", "uniform", "last")
 
 
 class Lora(Section):

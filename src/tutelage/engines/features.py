@@ -18,7 +18,7 @@ from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import ModelError
 
-__all__ = ["Probe", "Reading", "layer_at", "overheard", "read_trunk", "tapped"]
+__all__ = ["Probe", "Reading", "layer_at", "listened", "overheard", "read_trunk", "tapped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,27 +84,28 @@ def read_trunk(
 
 
 @contextlib.contextmanager
-def tapped(
+def listened(
     lm: LanguageModel, probes: Sequence[Probe], *, stop: bool = True
-) -> Iterator[Callable[[Pack], list[torch.Tensor]]]:
-    """Gives what reads a pack: the states at the depth of each probe, (tokens, hidden) in the model's dtype.
+) -> Iterator[Callable[[Callable[[], object]], list[torch.Tensor]]]:
+    """Gives what runs a forward pass of `lm.body` and answers the states at the depth of each probe.
 
     Args:
         lm: The model; its layers are listened to while the context lasts.
         probes: Where to read.
         stop: Leave each pass at the deepest probe; layers above are not needed.
+
+    Yields:
+        Pass -> one (rows x tokens, hidden) table a probe, in the model's dtype, with gradients where they are on.
     """
     wanted = [layer_at(lm, p.depth) for p in probes]
-    stack = contextlib.ExitStack()
-    caught = stack.enter_context(overheard(lm, wanted, stop=stop))
+    with overheard(lm, wanted, stop=stop) as caught:
 
-    def read(part: Pack) -> list[torch.Tensor]:
-        with attention_plan(AttentionPlan(tree=part.tree.to(lm.device))), contextlib.suppress(_DeepEnough):
-            lm.hidden(part.tokens_T[None], part.position_T[None])
-        return [caught[index] for index in wanted]
+        def run(forward: Callable[[], object]) -> list[torch.Tensor]:
+            with contextlib.suppress(_DeepEnough):
+                forward()
+            return [caught[index] for index in wanted]
 
-    with stack:
-        yield read
+        yield run
 
 
 def layer_at(lm: LanguageModel, depth: float) -> int:
@@ -124,6 +125,20 @@ def overheard(lm: LanguageModel, layers: Sequence[int], *, stop: bool = False) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def tapped(
+    lm: LanguageModel, probes: Sequence[Probe], *, stop: bool = True
+) -> Iterator[Callable[[Pack], list[torch.Tensor]]]:
+    """Gives what reads a pack: the states at the depth of each probe, (tokens, hidden); arguments as of `listened`."""
+    with listened(lm, probes, stop=stop) as run:
+
+        def read(part: Pack) -> list[torch.Tensor]:
+            with attention_plan(AttentionPlan(tree=part.tree.to(lm.device))):
+                return run(lambda: lm.hidden(part.tokens_T[None], part.position_T[None]))
+
+        yield read
 
 
 def _pool(lm: LanguageModel, part: Pack, states_TD: torch.Tensor, *, mean: bool) -> torch.Tensor:

@@ -30,7 +30,7 @@ from tutelage.records import Message, Prompt
 
 __all__ = [
     "BLOCKS", "Block", "Features", "LabelledPassages", "Pairs", "Passage", "Reader", "Source",
-    "families", "read_dialogues", "read_labelled_passages", "read_pairs", "read_passages",
+    "families", "laid_out", "read_dialogues", "read_labelled_passages", "read_pairs", "read_passages",
     "read_texts",
 ]  # fmt: skip
 
@@ -232,10 +232,9 @@ def read_passages(
     A context is rendered with the chat template and computed once for all texts that follow it; a text
     without context stands alone behind one end token. The pass stops at the deepest probe.
     """
-    longest = min(_LONGEST, lm.context // 2)
     table: np.ndarray | None = None
     with tapped(lm, probes) as read:
-        for part in pack(_groups(lm, passages, longest, budget), budget=budget):
+        for part in pack(laid_out(lm, passages, budget=budget), budget=budget):
             states = [s.float() for s in read(part)]
             for row, (first, last) in zip(part.rows, part.spans, strict=True):
                 own = [
@@ -248,8 +247,13 @@ def read_passages(
     return table if table is not None else np.empty((0, 0), np.float32)
 
 
-def _groups(lm: LanguageModel, passages: Sequence[Passage], longest: int, budget: int) -> list[Group]:
-    """Texts behind their context; a context with more texts than a pack holds is laid down again."""
+def laid_out(lm: LanguageModel, passages: Sequence[Passage], *, budget: int) -> list[Group]:
+    """Texts behind their context, as a trunk reads them: each ends with the end token.
+
+    A context with more texts than a pack of `budget` tokens holds is laid down again; of a long context the
+    end is read, of a long text the beginning.
+    """
+    longest = min(_LONGEST, lm.context // 2)
     behind: dict[tuple[Message, ...], list[tuple[int, tuple[int, ...]]]] = {}
     for row, passage in enumerate(passages):
         tokens = lm.encode_reply(passage.text)

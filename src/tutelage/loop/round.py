@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tutelage.errors import NothingToLearn
 from tutelage.loop.bench import Workbench
+from tutelage.loop.crediting import spread_credit
 from tutelage.loop.preferring import prefer
 from tutelage.loop.stages import (
     advantages,
@@ -15,7 +16,6 @@ from tutelage.loop.stages import (
     judge,
     rescore,
     reward,
-    spread_credit,
     teaching,
     update,
     watch,
@@ -63,5 +63,5 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
             expected="at least one group with two valid, different rewards",
             fix="look at the abstentions in the ledger; raise update.samples or sampling.temperature",
         )
-    credit_BT = spread_credit(bench, advantage_PG, scores, replies_PG, unit)
+    credit_BT = spread_credit(bench, prompts, advantage_PG, rewards_PG, scores, replies_PG, unit, number)
     update(bench, prompts, replies_PG, scores, drawn, credit_BT, trains_PG, unit, number)

@@ -26,7 +26,7 @@ from tutelage.store.ledger import Unit
 
 __all__ = [
     "Drawn", "advantages", "figures", "generate", "hold_to_anchors", "judge", "rescore", "reward",
-    "share_withheld", "spread_credit", "teaching", "update", "watch",
+    "share_withheld", "teaching", "update", "watch",
 ]  # fmt: skip
 
 # Terms with an opinion on content: text terms alone must not train.
@@ -203,26 +203,6 @@ def _estimate(bench: Workbench, name: str, table_PG: torch.Tensor, lengths_PG: t
         if after is not None:
             bench.baselines[name] = after
     return found
-
-
-def spread_credit(
-    bench: Workbench,
-    advantage_PG: torch.Tensor,
-    scores: Scores,
-    replies_PG: Sequence[Sequence[Generation]],
-    unit: Unit,
-) -> torch.Tensor:
-    """Credit a token; kept in the ledger."""
-    how = bench.recipe.credit
-    advantage_B = advantage_PG.flatten().float()
-    weights_BT = credit.weights(how.method, scores.keep_BT, scores.attention_BT)
-    credit_BT = credit.assign(advantage_B, weights_BT, scores.keep_BT, beta=how.beta)
-    flat = [r for group in replies_PG for r in group]
-    for row, reply in enumerate(flat):
-        unit.credit(reply.id, how.method, float(advantage_B[row]), credit_BT[row, : len(reply.tokens)].tolist())
-    shown = {r.id: [bench.lm.tokenizer.decode([t]) for t in r.tokens] for group in replies_PG[:6] for r in group[:2]}
-    unit.note("pieces", shown)
-    return credit_BT
 
 
 def update(

@@ -114,6 +114,7 @@ def _seconds(work: _Work, *, train: int, gate: int, heldout: int, shown: int) ->
     rolled = prompts * u.samples
     one = work.generate(prompts, u.samples, taught) + rolled * _SECONDS_A_VERDICT
     one += work.forward(2 * prompts * own + rolled * taught) + work.learn(prompts, u.batch, own + u.samples * taught)
+    one += work.explain(prompts, rolled, taught)
     final = work.generate(gate + heldout, 1, taught) + work.generate(heldout, 1, fresh)
     found = {"start": start, "supervised": supervised, "demonstrations": demonstrated}
     found |= {"rounds": u.rounds * one, "final": final}
@@ -186,6 +187,22 @@ class _Work:
         """A pass without gradients over that many tokens, in packs."""
         packs = max(1.0, tokens / self.recipe.update.token_budget)
         return packs * self.speeds.forward(self.speeds.layers, tokens / packs)
+
+    def explain(self, prompts: int, replies: int, length: float) -> float:
+        """What a critic's head takes to explain its reward of each reply.
+
+        By prefixes a reply of T tokens is a pass over 2T; a prompt stands once for its replies. By gradients each reply
+        goes with its prompt alone, forward and back (twice forward's work) at every point, and forward three times
+        more: both ends of the path, and the reward itself.
+        """
+        how = self.recipe.credit
+        if not how.explains or not replies:
+            return 0.0
+        if how.method == "prefix":
+            return self.forward(prompts * self.speeds.prompt + 2 * replies * length)
+        points = how.steps if how.method == "integrated-gradients" else 1
+        alone = self.speeds.lead + self.speeds.prompt + length
+        return self.forward((3 * points + 3) * replies * alone)
 
     def learn(self, prompts: int, batch: int, tokens: float, *, anchored: bool = False) -> float:
         """Optimiser steps on all prompts, each with `tokens` of its own."""

@@ -1,0 +1,274 @@
+"""Credit a token: by attention, evenly, on the last, or as a critic's head explains its own reward."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tutelage.config import Recipe
+from tutelage.credit import tokens as credit
+from tutelage.credit.attribution import gradient_input, integrated_gradients, mean_embedding
+from tutelage.credit.signed import slopes
+from tutelage.credit.spans import Span, align, sinks, token_spans
+from tutelage.engines.load import LanguageModel
+from tutelage.errors import RecipeError
+from tutelage.feedback.critic_data import Passage
+from tutelage.feedback.critic_judge import ComparingCritic
+from tutelage.feedback.critic_reward import Reward, prefixes, reward_of_critic, spelled, value_of_embeddings
+from tutelage.feedback.text_critic import TextCritic
+from tutelage.loop.bench import Workbench
+from tutelage.policy.learner import Scores
+from tutelage.records import Generation, Prompt
+from tutelage.records import Reward as Total
+from tutelage.store.ledger import Unit
+
+__all__ = ["Explained", "SignedMethod", "check_credit", "explain", "onto", "spread_credit"]
+
+SignedMethod = Literal["prefix", "integrated-gradients", "gradient-input"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """What made a text's reward.
+
+    Args:
+        tokens: The text's own, as the trunk reads it.
+        scores: In the reward's unit, one a token.
+        reward: Of the whole text.
+        change: What the scores explain: the reward of the text less that of an empty or blanked one.
+    """
+
+    tokens: tuple[int, ...]
+    scores: tuple[float, ...]
+    reward: float
+    change: float
+
+    @property
+    def defect(self) -> float:
+        """How far the scores are from summing to the change."""
+        return abs(self.change - math.fsum(self.scores))
+
+
+def explain(
+    method: SignedMethod,
+    lm: LanguageModel,
+    passages: Sequence[Passage],
+    reward: Reward,
+    *,
+    contextual: bool = True,
+    steps: int = 16,
+    budget: int = 512,
+) -> list[Explained]:
+    """Scores of each text's tokens by the reward of a head on the trunk.
+
+    Args:
+        method: `prefix` reads the reward after every token; `integrated-gradients` and `gradient-input` follow its
+            gradient from the text with every token's embedding replaced by the vocabulary's mean.
+        lm: The trunk; whatever it wears is off.
+        passages: Texts in their contexts.
+        reward: Of features and length.
+        contextual: Whether contexts are read.
+        steps: Points of the path.
+        budget: Tokens of a pass.
+    """
+    if method == "prefix":
+        found = prefixes(lm, passages, reward, contextual=contextual, budget=budget)
+        return [
+            Explained(
+                p.tokens, tuple(p.rewards.diff().tolist()), float(p.rewards[-1]), float(p.rewards[-1] - p.rewards[0])
+            )
+            for p in found
+        ]
+    blank = mean_embedding(lm)
+    rows: dict[int, Explained] = {}
+    for texts in spelled(lm, passages, contextual=contextual, budget=budget):
+        size = max(1, budget // (1 + max(len(t.context) + len(t.tokens) for t in texts)))
+        for start in range(0, len(texts), size):
+            part = texts[start : start + size]
+            value, embeds_BTD, keep_BT = value_of_embeddings(lm, part, reward)
+            if method == "gradient-input":
+                told = gradient_input(value, embeds_BTD, keep_BT, baseline=blank)
+            else:
+                told = integrated_gradients(value, embeds_BTD, keep_BT, baseline=blank, steps=steps)
+            with torch.no_grad():
+                whole_B = value(embeds_BTD)
+            for b, text in enumerate(part):
+                own = told.score_BT[b].float()[keep_BT[b] > 0].tolist()
+                rows[text.row] = Explained(text.tokens, tuple(own), float(whole_B[b]), float(told.change_B[b]))
+    return [rows[row] for row in range(len(passages))]
+
+
+def onto(lm: LanguageModel, one: Explained, tokens: Sequence[int]) -> tuple[list[float], bool]:
+    """The scores on the tokens that were drawn, and whether they had to be moved.
+
+    A critic reads the reply's text, which the tokenizer may cut otherwise than the policy drew it; then each score
+    goes where its characters went. The token that ends a turn explains nothing.
+    """
+    own = list(tokens)
+    while own and own[-1] in lm.stop_tokens:
+        own.pop()
+    rest = [0.0] * (len(tokens) - len(own))
+    if tuple(own) == one.tokens:
+        return [*one.scores, *rest], False
+    if not own or not one.tokens:
+        return [0.0] * len(tokens), bool(one.tokens)
+    raw, spans = token_spans(own, lambda ids: _text(lm, ids))
+    lead = len(raw) - len(raw.lstrip())
+    _, read = token_spans(one.tokens, lambda ids: _text(lm, ids))
+    moved: list[Span] = [(a + lead, b + lead) for a, b in read]
+    return [*align(one.scores, moved, spans), *rest], True
+
+
+def _text(lm: LanguageModel, ids: Sequence[int]) -> str:
+    found: str = lm.tokenizer.decode(list(ids), skip_special_tokens=True)
+    return found
+
+
+def spread_credit(
+    bench: Workbench,
+    prompts: Sequence[Prompt],
+    advantage_PG: torch.Tensor,
+    rewards_PG: Sequence[Sequence[Total]],
+    scores: Scores,
+    replies_PG: Sequence[Sequence[Generation]],
+    unit: Unit,
+    number: int,
+) -> torch.Tensor:
+    """Credit a token; kept in the ledger."""
+    how = bench.recipe.credit
+    advantage_B = advantage_PG.flatten().float()
+    flat = [r for group in replies_PG for r in group]
+    names: list[str] = [how.method] * len(flat)
+    if how.method == "attention" or how.method == "uniform" or how.method == "last":
+        weights_BT = credit.weights(how.method, scores.keep_BT, scores.attention_BT, _dropped(bench, scores, flat))
+        credit_BT = credit.assign(advantage_B, weights_BT, scores.keep_BT, beta=how.beta)
+    else:
+        explained = _explained(bench, how.method, prompts, advantage_PG, rewards_PG, replies_PG, unit)
+        credit_BT = _signed(bench, explained, advantage_PG, scores, flat, unit, number)
+        names = [how.method if known else "uniform" for known in explained.said_B]
+    for row, (reply, name) in enumerate(zip(flat, names, strict=True)):
+        unit.credit(reply.id, name, float(advantage_B[row]), credit_BT[row, : len(reply.tokens)].tolist())
+    shown = {r.id: [bench.lm.tokenizer.decode([t]) for t in r.tokens] for group in replies_PG[:6] for r in group[:2]}
+    unit.note("pieces", shown)
+    return credit_BT
+
+
+def _dropped(bench: Workbench, scores: Scores, flat: Sequence[Generation]) -> torch.Tensor | None:
+    """Columns that `credit.drop_sinks` leaves out."""
+    which = bench.recipe.credit.drop_sinks
+    if which == "none":
+        return None
+    pieces = [[bench.lm.tokenizer.decode([t]) for t in reply.tokens] for reply in flat]
+    return sinks(pieces, punctuation=which == "all", width=scores.keep_BT.shape[1])[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """What the critic said (or not) of a batch's replies, and what explains it where it matters, by row."""
+
+    said_B: list[bool]
+    rows: dict[int, Explained]
+    lm: LanguageModel
+
+
+def _explained(
+    bench: Workbench,
+    method: SignedMethod,
+    prompts: Sequence[Prompt],
+    advantage_PG: torch.Tensor,
+    rewards_PG: Sequence[Sequence[Total]],
+    replies_PG: Sequence[Sequence[Generation]],
+    unit: Unit,
+) -> _Batch:
+    """Ask the critic's head about the replies that it has judged and that can teach something."""
+    name = bench.recipe.critic_of_credit
+    critic = next(j for j in bench.judges if j.name == name)
+    if not isinstance(critic, ComparingCritic) or critic.judging.reader.lm is None:
+        raise _refused(f"credit.method = {method} explains the judge '{name}', which has no head on the trunk")
+    said_B = [one.raw.get(name) is not None for group in rewards_PG for one in group]
+    flat = [(p, r) for p, group in zip(prompts, replies_PG, strict=True) for r in group]
+    # A group without a difference teaches nothing, whatever explains it.
+    alive_B = (advantage_PG != 0).any(-1, keepdim=True).expand_as(advantage_PG).flatten().tolist()
+    rows = [row for row in range(len(flat)) if said_B[row] and alive_B[row]]
+    bench.progress.stage(f"{unit.name}: credit", len(rows), "replies")
+    found = explain(
+        method,
+        critic.judging.reader.lm,
+        [Passage(flat[row][1].text, flat[row][0].messages) for row in rows],
+        reward_of_critic(critic.judging.critic),
+        contextual=critic.judging.critic.contextual,
+        steps=bench.recipe.credit.steps,
+        budget=bench.recipe.update.token_budget,
+    )
+    bench.progress.advance(len(rows))
+    return _Batch(said_B, dict(zip(rows, found, strict=True)), critic.judging.reader.lm)
+
+
+def _signed(
+    bench: Workbench,
+    explained: _Batch,
+    advantage_PG: torch.Tensor,
+    scores: Scores,
+    flat: Sequence[Generation],
+    unit: Unit,
+    number: int,
+) -> torch.Tensor:
+    """Credit by the critic's scores; evenly spread where it said nothing."""
+    how, keep_BT = bench.recipe.credit, scores.keep_BT
+    score_BT, reward_B = torch.zeros_like(keep_BT), torch.full((len(keep_BT),), math.nan)
+    moved = 0
+    for row, one in explained.rows.items():
+        values, other = onto(explained.lm, one, flat[row].tokens)
+        score_BT[row, : len(values)] = torch.tensor(values)
+        reward_B[row] = one.reward
+        moved += other
+    drop_BT = _dropped(bench, scores, flat)
+    if drop_BT is not None:
+        score_BT = score_BT * ~drop_BT
+    groups, width = advantage_PG.shape
+    slope = slopes(advantage_PG, reward_B.view(groups, width), score_BT.view(groups, width, -1))
+    advantage_B = advantage_PG.flatten().float()
+    scaled_BT = slope.slope_P.repeat_interleave(width).float()[:, None] * score_BT
+    credit_BT = credit.assign_signed(advantage_B, scaled_BT, keep_BT, beta=how.beta, rest=how.rest)
+    even_BT = credit.assign(advantage_B, credit.weights("uniform", keep_BT, None), keep_BT, beta=how.beta)
+    change = math.fsum(abs(one.change) for one in explained.rows.values())
+    numbers: dict[str, float] = {
+        "explained": len(explained.rows),
+        "abstained": explained.said_B.count(False),
+        "retokenised": moved,
+        "groups_flat": int((slope.flat_P & (advantage_PG != 0).any(-1)).sum()),
+        "groups_against": int(slope.against_P.sum()),
+        "groups_capped": int(slope.capped_P.sum()),
+        "defect": math.fsum(one.defect for one in explained.rows.values()) / change if change else 0.0,
+    }
+    unit.metrics(number, "credit", numbers)
+    return torch.where(torch.tensor(explained.said_B)[:, None], credit_BT, even_BT)
+
+
+def check_credit(recipe: Recipe) -> None:
+    """Look into the critic that credit is to be explained by, before any model is loaded.
+
+    Raises:
+        ModelError: Its file is no critic.
+        RecipeError: It reads more than the trunk.
+    """
+    name = recipe.critic_of_credit
+    if not name:
+        return
+    file = next(judge.model for judge in recipe.judges if judge.name == name)
+    source = TextCritic.load(Path(file).expanduser()).source
+    if source != "trunk":
+        raise _refused(f"credit.method = {recipe.credit.method} explains the judge '{name}', which reads '{source}'")
+
+
+def _refused(got: str) -> RecipeError:
+    return RecipeError(
+        got,
+        expected="a critic on hidden states alone",
+        fix="train it with --features trunk, name another in credit.judge, or take credit.method = attention",
+    )

@@ -1,0 +1,75 @@
+"""The benchmark of credit: records add up, and no run is repeated."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("bench_credit", FOLDER / "credit.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+@pytest.fixture
+def played(bench, monkeypatch) -> list[tuple[str, int]]:
+    calls = []
+
+    def run(method, seed, *, level, longest):
+        calls.append((method, seed))
+        return {"method": method, "seed": seed, "steps": 10 + seed, "reached": True, "curve": [0.9], "kl": 0.1}
+
+    monkeypatch.setattr(bench, "run", run)
+    return calls
+
+
+def call(bench, monkeypatch, capsys, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["credit.py", *words])
+    bench.main()
+    return capsys.readouterr().out
+
+
+def test_finished_runs_are_written_down_and_not_repeated(bench, played, monkeypatch, capsys, tmp_path) -> None:
+    records = str(tmp_path / "deep" / "credit.jsonl")
+    call(bench, monkeypatch, capsys, "--records", records, "--first-seed", "3", "--seeds", "1", "--methods", "last")
+    assert played == [("last", 3)]
+    call(bench, monkeypatch, capsys, "--records", records, "--first-seed", "2", "--seeds", "2")
+    assert played[1:] == [("attention", 2), ("uniform", 2), ("last", 2), ("attention", 3), ("uniform", 3)]
+    lines = [json.loads(line) for line in Path(records).read_text(encoding="utf-8").splitlines()]
+    assert [(r["method"], r["seed"]) for r in lines] == played
+    shown = call(bench, monkeypatch, capsys, "--records", records, "--table")
+    assert len(played) == 6
+    assert "| last | 2 | 12.5 (12.25 to 12.75) | 13 | 2/2 | 0.10 |" in shown
+
+
+def test_other_settings_are_other_runs(bench, played, monkeypatch, capsys, tmp_path) -> None:
+    records = str(tmp_path / "credit.jsonl")
+    common = ("--records", records, "--seeds", "1", "--methods", "uniform")
+    call(bench, monkeypatch, capsys, *common)
+    call(bench, monkeypatch, capsys, *common, "--level", "0.7")
+    assert played == [("uniform", 0)] * 2
+    found = json.loads(call(bench, monkeypatch, capsys, *common, "--table", "--json", "--level", "0.7"))
+    assert [r["level"] for r in found["rows"]] == [0.7]
+
+
+def test_bad_words_and_lines_are_refused(bench, played, monkeypatch, capsys, tmp_path) -> None:
+    for words in (["--methods", "latest"], ["--table"]):
+        with pytest.raises(SystemExit):
+            call(bench, monkeypatch, capsys, *words)
+    torn = tmp_path / "credit.jsonl"
+    torn.write_text('{"method": "la', encoding="utf-8")
+    with pytest.raises(SystemExit, match="1 is no run"):
+        call(bench, monkeypatch, capsys, "--records", str(torn), "--table")
+    assert played == []
