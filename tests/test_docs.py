@@ -24,7 +24,7 @@ from cyclopts import CycloptsError
 
 import tutelage
 from tutelage.cli import app
-from tutelage.config import Credit, Feedback, Recipe, Update, all_keys, data_file, load_recipe
+from tutelage.config import Credit, Feedback, Judge, Recipe, Update, all_keys, data_file, load_recipe
 from tutelage.errors import InputError, RecipeError, TutelageError
 from tutelage.feedback.constitution import load_constitution
 from tutelage.loop.evaluate import METRICS, share
@@ -330,6 +330,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "demonstrations.file": "my-replies.jsonl",
         "demonstrations.weight": 0.003,
         "update.rounds": 0,
+    },
+    "imitation": {
+        "feedback.judges": ("text",),
+        "judges": (Judge(name="plain", kind="discriminator", demonstrations="builtin:plain").model_dump(),),
+        "constraint.enabled": False,
+        "lora.start": "random",
+        "supervised.enabled": False,
+        "update.rounds": 4,
     },
     "rloo": {"update.objective": "rloo"},
     "uniform-credit": {"credit.method": "uniform"},

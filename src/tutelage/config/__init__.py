@@ -126,6 +126,8 @@ class Recipe(Section):
         names = [j.name for j in self.judges]
         if len(set(names)) < len(names):
             raise ValueError("two [[judges]] have the same name")
+        if any(j.kind == "discriminator" for j in self.judges) and (self.controller.enabled or not self.update.rounds):
+            raise ValueError("a discriminator is only defined against a policy in training: it needs update.rounds")
         u = self.update
         if u.importance in ("mask", "geometric") and u.importance_low >= u.importance_cap:
             raise ValueError(f"update.importance = {u.importance} needs importance_low below importance_cap")

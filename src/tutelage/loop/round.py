@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tutelage.errors import NothingToLearn
 from tutelage.loop.bench import Workbench
+from tutelage.loop.imitating import meet
 from tutelage.loop.preferring import prefer
 from tutelage.loop.stages import (
     advantages,
@@ -37,6 +38,7 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     unit.generations(reply for group in replies_PG for reply in group)
 
     hold_to_anchors(bench, unit, number)
+    meet(bench.judges, replies_PG, unit, number, bench.progress)
     findings = judge(bench, prompts, replies_PG, unit)
     rewards_PG = reward(bench, findings, replies_PG)
     unit.rewards(r for group in rewards_PG for r in group)
