@@ -367,7 +367,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     **{
         name: {"update.objective": name}
-        for name in ("xpo", "nash", "dpo", "robust-dpo", "ipo", "ipo-per-token", "exo-pair", "simpo", "orpo", "kto")
+        for name in (
+            "xpo",
+            "nash",
+            "dpo",
+            "robust-dpo",
+            "ipo",
+            "ipo-per-token",
+            "exo-pair",
+            "simpo",
+            "orpo",
+            "kto",
+            "unlikelihood",
+        )
     },
 }
 
