@@ -41,6 +41,7 @@ ARMS: dict[str, list[str]] = {
     for name in (
         "grpo", "reinforce", "rloo", "dr-grpo", "dapo", "reinforce-plus-plus", "gspo", "cispo-cap", "cispo-clamp",
         "ppo", "nash", "dpo", "robust-dpo", "ipo", "ipo-per-token", "exo-pair", "simpo", "orpo", "kto",
+        "unlikelihood",
     )
 }  # fmt: skip
 ARMS["dpo, geometric"] = ['update.objective="dpo"', 'objective.mode="improve"']

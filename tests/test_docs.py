@@ -331,6 +331,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "demonstrations.weight": 0.003,
         "update.rounds": 0,
     },
+    "imitation": {
+        "feedback.judges": ("text",),
+        "judges": (Judge(name="plain", kind="discriminator", demonstrations="builtin:plain").model_dump(),),
+        "constraint.enabled": False,
+        "lora.start": "random",
+        "supervised.enabled": False,
+        "update.rounds": 4,
+    },
     "rloo": {"update.objective": "rloo"},
     "uniform-credit": {"credit.method": "uniform"},
     "prefix-credit": {
@@ -363,7 +371,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     **{
         name: {"update.objective": name}
-        for name in ("xpo", "nash", "dpo", "robust-dpo", "ipo", "ipo-per-token", "exo-pair", "simpo", "orpo", "kto")
+        for name in (
+            "xpo",
+            "nash",
+            "dpo",
+            "robust-dpo",
+            "ipo",
+            "ipo-per-token",
+            "exo-pair",
+            "simpo",
+            "orpo",
+            "kto",
+            "unlikelihood",
+        )
     },
 }
 

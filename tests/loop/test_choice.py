@@ -19,6 +19,7 @@ from tutelage.loop.bench import Silent
 from tutelage.loop.choice import TABLE, choose
 from tutelage.loop.preferring import prefer
 from tutelage.loop.stages import advantages, rescore, teaching, update
+from tutelage.loop.unlearning import unlearn
 from tutelage.objectives.policy_gradient import Grpo, Rloo
 from tutelage.policy.learner import Learner, score
 from tutelage.policy.lora import attach
@@ -62,6 +63,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "weight": (5.0, {}),
     "desirable": (4.0, {}),
     "undesirable": (0.0, {}),
+    "repeat_n": (1, {}),
+    "keep": (1.0, {}),
 }
 
 # Where an objective measures something else by that name: a margin, a single reply's lead.
@@ -93,7 +96,7 @@ def recipe(name: str, **options: Any) -> Recipe:
     )  # fmt: skip
 
 
-REPLIES = (((10, 11, 12, 13, 14), (20, 21), (30, 31, 32, 33, 34, 35, 36, 37)), ((40, 41, 42), (43, 44), (45,)))
+REPLIES = (((10, 11, 12, 10, 14), (20, 21), (30, 31, 32, 30, 31, 32, 30, 37)), ((40, 41, 42), (43, 44), (45,)))
 REWARDS = (
     ((1.0, -0.5, 0.7), (0.2, 0.9, 0.1)),
     ((-1.0, 0.4, None), (0.6, 0.6, -2.0)),
@@ -127,12 +130,12 @@ def stage(load_tiny: Callable[[str], Any]) -> Callable[[Recipe], dict[str, torch
             recipe=recipe, choice=choice, values=values, baselines={}, learner=learner, progress=Silent(),
             encode=lambda prompt: prompt, scores=scores, lm=lm, adapter=adapter,
         )  # fmt: skip
-        unit: Any = SimpleNamespace(metrics=lambda *_: None)
+        unit: Any = SimpleNamespace(metrics=lambda *_: None, note=lambda *_: None, credit=lambda *_: None)
         first = scores(prompts, [[SimpleNamespace(tokens=t) for t in g] for g in REPLIES])
         logps = [first.logp_BT[b][first.keep_BT[b] > 0].tolist() for b in range(6)]
         rows = iter(logps)
         replies: Any = [
-            [SimpleNamespace(tokens=t, text=str(t), finished=len(t) < 8, logps=next(rows)) for t in group]
+            [SimpleNamespace(id=str(t), tokens=t, text=str(t), finished=len(t) < 8, logps=next(rows)) for t in group]
             for group in REPLIES
         ]
         for number, totals in enumerate(REWARDS):
@@ -141,6 +144,9 @@ def stage(load_tiny: Callable[[str], Any]) -> Callable[[Recipe], dict[str, torch
             found = advantages(bench, rewards, replies, first, drawn)
             if choice.family == "preference":
                 prefer(bench, prompts, replies, rewards, found, first, unit, number)  # type: ignore[arg-type]
+                continue
+            if choice.family == "marks":
+                unlearn(bench, prompts, replies, {}, found, first, unit, number)  # type: ignore[arg-type]
                 continue
             trains = teaching(bench, rewards, replies, found)
             credit = found.flatten()[:, None] * first.keep_BT / first.keep_BT.sum(-1, keepdim=True)

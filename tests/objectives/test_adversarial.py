@@ -230,6 +230,37 @@ def test_length_is_taken_out_and_the_attribute_stays() -> None:
     assert unaware.update(sides[0][:, :1], alike(sides[0]), sides[1][:, :1], alike(sides[1])).after > 0.65
 
 
+def test_slopes_are_learned_once_so_that_the_same_text_keeps_its_logit() -> None:
+    """The second update brings texts in which length goes the other way, and trains nothing: no logit moves."""
+    expert, policy = clouds(6.0, 60)
+    length = torch.arange(60) % 13 + 4.0
+    expert, policy = (x + torch.stack([length / 9, -length / 5, length], -1) for x in (expert, policy))
+    found = Discriminator(3, DiscriminatorSettings(noise=0.0))
+    found.update(expert, length, policy, length)
+    logits, slopes, was = found.logits(policy, length), found.length_free.cross_LF.clone(), found.digest()
+    assert float(slopes.abs().sum()) > 0
+    seen = found.update(expert, length, policy, length)
+    assert seen.steps == 0
+    found.update(expert, length.flip(0), policy - 2 * length[:, None], length)
+    assert torch.equal(found.length_free.cross_LF, slopes)
+    held = Discriminator(3, DiscriminatorSettings(noise=0.0))
+    held.update(expert, length, policy, length)
+    assert torch.equal(held.logits(policy, length), logits) and held.digest() == was
+
+
+def test_accuracy_by_hand() -> None:
+    """Experts at 1 and -1, of which one is told rightly; policies at -1, -1, 1: two of three. Zero tells nothing."""
+    found = Discriminator(1, dataclasses.replace(FREE, steps=5))
+    found.update(torch.ones(4, 1), torch.ones(4), -torch.ones(4, 1), torch.ones(4))
+    digest = found.digest()
+    rows = torch.tensor([[1.0], [-1.0]]), torch.tensor([[-1.0], [-1.0], [1.0]])
+    assert Discriminator(1).accuracy(rows[0], torch.ones(2), rows[1], torch.ones(3)) == 0.5
+    got = found.accuracy(rows[0], torch.ones(2), rows[1], torch.ones(3))
+    assert got == pytest.approx((1 / 2 + 2 / 3) / 2) and found.digest() == digest
+    found.update(torch.ones(4, 1), torch.ones(4), -torch.ones(4, 1), torch.ones(4))
+    assert found.digest() != digest
+
+
 def test_one_length_explains_nothing() -> None:
     """0.07 has no exact mean in binary; its rounding must not be taken for a slope."""
     free, x = LengthFree(2), torch.randn(1001, 2, generator=torch.Generator().manual_seed(0))

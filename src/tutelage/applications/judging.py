@@ -197,7 +197,7 @@ def refuse_untrusted(judges: Sequence[ComparingJudge], *, others: bool, allowed:
     for judge in judges:
         found = checked(judge)
         outcome = str(found["outcome"]) if found else "unchecked"
-        why = list(found["why"]) if found else ["never checked: tutelage judge check"]
+        why = list(found["why"]) if found else [getattr(judge, "unchecked", "never checked: tutelage judge check")]
         known.append({"name": judge.name, "version": judge.version, "outcome": outcome, "why": why})
     refused = [k for k in known if k["outcome"] == "refuse"]
     if known and not others and len(refused) == len(known):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tutelage import __version__
 from tutelage.applications.judging import answers_file, refuse_untrusted
-from tutelage.config import Recipe, data_file
+from tutelage.config import Judge, Recipe, data_file
 from tutelage.engines.encoder import Encoder
 from tutelage.engines.load import LanguageModel, load_model
 from tutelage.engines.weights import cache_dir
@@ -20,11 +20,13 @@ from tutelage.errors import InputError
 from tutelage.feedback.comparisons import Comparisons, read_comparisons
 from tutelage.feedback.constitution import Constitution, load_constitution
 from tutelage.feedback.critic import ACTS, KINDS, Critic, LabelledText, directions, read_labelled, read_questions
+from tutelage.feedback.model_judge import ComparingJudge
 from tutelage.feedback.panel import Panel
 from tutelage.feedback.roster import open_judge
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.crediting import check_credit
 from tutelage.loop.demonstrating import check_room
+from tutelage.loop.imitating import ImitationJudge, demonstrations_for
 from tutelage.loop.improve import Result, improve
 from tutelage.loop.versions import adapter_of
 from tutelage.policy.full import FullWeights
@@ -62,6 +64,7 @@ def inputs(recipe: Recipe) -> tuple[list[Prompt], list[SuiteItem], list[SuiteIte
     labelled(recipe)
     anchors_of(recipe)
     shown = [one.prompt for one in demonstrations_of(recipe)]
+    shown += [one.prompt for j in recipe.judges if j.kind == "discriminator" for one in demonstrations_for(j)]
     _apart(shown, gate, p.gate)
     _apart(shown, heldout, p.heldout)
     pairs_of(recipe, gate, heldout)
@@ -150,7 +153,14 @@ def set_up(run: Run, constitution: Constitution, progress: Progress) -> Workbenc
     critic = _critic(recipe, lm, fingerprint, adapter, encoder, progress)
     panel = Panel(recipe.feedback, constitution, encoder, critic)
     own = (recipe.model.name, lm, adapter.off)  # a judge that is the policy's start model shares its weights
-    judges = [open_judge(j, constitution, answers=answers_file(), own=own, say=progress.say) for j in recipe.judges]
+
+    def opened(spec: Judge) -> ComparingJudge:
+        if spec.kind != "discriminator":
+            return open_judge(spec, constitution, answers=answers_file(), own=own, say=progress.say)
+        longest, seed = recipe.sampling.max_new_tokens, derive_seed(recipe.seed, "discriminator", spec.name)
+        return ImitationJudge(spec, lm, adapter.off, fingerprint=fingerprint, longest=longest, seed=seed)
+
+    judges = [opened(spec) for spec in recipe.judges]
     return Workbench(
         run, lm, adapter, panel, progress, judges, anchors=anchors_of(recipe), demonstrations=demonstrations_of(recipe)
     )

@@ -126,6 +126,8 @@ class Recipe(Section):
         names = [j.name for j in self.judges]
         if len(set(names)) < len(names):
             raise ValueError("two [[judges]] have the same name")
+        if any(j.kind == "discriminator" for j in self.judges) and (self.controller.enabled or not self.update.rounds):
+            raise ValueError("a discriminator is only defined against a policy in training: it needs update.rounds")
         u = self.update
         if u.importance in ("mask", "geometric") and u.importance_low >= u.importance_cap:
             raise ValueError(f"update.importance = {u.importance} needs importance_low below importance_cap")
@@ -155,8 +157,9 @@ class Recipe(Section):
 
         if "exo-pair" in (name, self.pair_objective) and self.objective.smoothing == 0.0:
             raise ValueError("objective.smoothing is 0: exo-pair needs a share above 0, or its loss is infinite")
-        if kind.family == "preference" and self.credit != Credit():
-            raise ValueError(f"[credit] is not read by update.objective = {name}, which learns from whole replies")
+        if kind.family != "gradient" and self.credit != Credit():
+            how = "whole replies" if kind.family == "preference" else "marked tokens"
+            raise ValueError(f"[credit] is not read by update.objective = {name}, which learns from {how}")
         if not kind.charges and self.update.kl != Update.model_fields["kl"].default:
             own = "objective.beta" if "beta" in kind.options else "nothing"
             raise ValueError(f"update.kl is not read by update.objective = {name}; {own} holds it to the start")

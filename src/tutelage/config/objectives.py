@@ -37,6 +37,7 @@ ObjectiveName = Literal[
     "simpo",
     "orpo",
     "kto",
+    "unlikelihood",
 ]
 
 
@@ -48,13 +49,14 @@ class Kind:
         options: Keys of [objective] that it reads.
         clips: Whether it reads `update.clip`.
         charges: Whether it reads `update.kl`; without, the objective holds to the start in its own way, or not at all.
-        family: `gradient` learns from rewards of the policy's own replies, `preference` from pairs.
+        family: `gradient` learns from rewards of the policy's own replies, `preference` from pairs,
+            `marks` from tokens that are pointed at.
     """
 
     options: tuple[str, ...]
     clips: bool = True
     charges: bool = True
-    family: Literal["gradient", "preference"] = "gradient"
+    family: Literal["gradient", "preference", "marks"] = "gradient"
 
 
 def _pairs(*options: str, select: bool = True) -> Kind:
@@ -85,6 +87,7 @@ OBJECTIVES: Mapping[ObjectiveName, Kind] = {
     "simpo": _pairs("beta", "gamma"),
     "orpo": _pairs("weight"),
     "kto": _pairs("beta", "desirable", "undesirable", select=False),
+    "unlikelihood": Kind(("alpha", "repeat_n", "keep"), clips=False, charges=False, family="marks"),
 }
 
 BASELINES: Mapping[str, tuple[str, ...]] = {
@@ -142,9 +145,16 @@ class Objective(Section):
         None, description="share of labels known to be wrong, and corrected for"
     )
     alpha: Annotated[float, Field(ge=0.0)] | None = Field(
-        None, description="weight of the bonus for leaving what the start model says"
+        None,
+        description="weight of the bonus for leaving what the start model says (xpo), of marked tokens (unlikelihood)",
     )
     gamma: Annotated[float, Field(ge=0.0)] | None = Field(None, description="margin wanted between the two replies")
     weight: Positive | None = Field(None, description="of the odds ratio beside the likelihood")
+    repeat_n: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="n-grams of this length that come again in a reply are pushed down; 0: none"
+    )
+    keep: Annotated[float, Field(ge=0.0)] | None = Field(
+        None, description="weight of the likelihood of unmarked tokens, in replies above their group's mean"
+    )
     desirable: Annotated[float, Field(ge=0.0)] | None = Field(None, description="weight of good replies")
     undesirable: Annotated[float, Field(ge=0.0)] | None = Field(None, description="weight of bad replies")

@@ -82,7 +82,7 @@ class Feedback(Section):
     consistency_weight: float = Field(0.15, ge=0.0, description="what consistency adds to the belief, log-odds")
 
 
-JUDGE_KINDS = ("pairwise", "pointwise", "listwise", "sincerity", "stability", "critic", "fusion")
+JUDGE_KINDS = ("pairwise", "pointwise", "listwise", "sincerity", "stability", "critic", "fusion", "discriminator")
 
 
 class Judge(Section):
@@ -99,6 +99,15 @@ class Judge(Section):
     opponents: Count = Field(2, description="pairwise: replies of its group that each reply is compared with")
     rotations: Count = Field(2, description="listwise: orders in which a group is shown")
     paraphrases: int = Field(0, ge=0, le=16, description="stability: paraphrases by the model, beside those by rule")
+    demonstrations: str = Field("", description="discriminator: JSONL of prompts with replies to be told apart from")
+    form: Literal["airl", "gail"] = Field(
+        "airl", description="discriminator: reward log D - log(1 - D), or -log(1 - D)"
+    )
+    accuracy_low: float = Field(
+        0.6, ge=0.5, le=1.0, description="discriminator: it abstains while it tells fewer rightly"
+    )
+    accuracy_high: float = Field(0.8, ge=0.5, le=1.0, description="discriminator: from here on it does not learn")
+    replay: int = Field(2048, ge=0, description="discriminator: replies of earlier rounds that it keeps to learn from")
     weight: Positive = Field(1.0, description="of its term in the reward")
     prefill: bool = Field(False, description="MODEL@URL: the server lets a question begin the model's turn")
     parallel: Count = Field(64, description="MODEL@URL: most calls under way at once")
@@ -119,8 +128,18 @@ class Judge(Section):
                 raise ValueError("a judge in code takes neither model nor prompt")
         elif self.kind not in JUDGE_KINDS:
             raise ValueError(f"kind is '{self.kind}': {', '.join(JUDGE_KINDS)} or package.module:name")
+        elif self.kind == "discriminator":
+            if self.model or self.prompt:
+                raise ValueError("a discriminator takes neither model nor prompt: it reads the start of what learns")
+            if not self.demonstrations:
+                raise ValueError(f"judge '{self.name}' names no demonstrations")
+            if self.accuracy_low > self.accuracy_high:
+                raise ValueError(f"judge '{self.name}' has accuracy_low above accuracy_high")
         elif not self.model:
             raise ValueError(f"judge '{self.name}' names no model")
+        for key in ("demonstrations", "form", "accuracy_low", "accuracy_high", "replay"):
+            if self.kind != "discriminator" and getattr(self, key) != Judge.model_fields[key].default:
+                raise ValueError(f"a judge of kind '{self.kind}' does not read {key}")
         if self.paraphrases and self.kind != "stability":
             raise ValueError(f"a judge of kind '{self.kind}' has no paraphrases")
         return self

@@ -38,7 +38,8 @@ class Findings:
     """What the panel found in one batch of P prompts with G replies each.
 
     `terms_PKG[p][k]` are raw term values a reply (None: abstained); `acts_PG` what each reply does;
-    `costs_PG` the constrained quantities; `beliefs` what each question is held to call for.
+    `costs_PG` the constrained quantities; `beliefs` what each question is held to call for;
+    `blamed` places (start, end) in a reply's text that critics hold against it, by the reply's id.
     """
 
     verdicts: list[Verdict]
@@ -47,6 +48,7 @@ class Findings:
     acts_PG: list[list[dict[str, float]]]
     beliefs: list[Belief | None]
     spreads: list[GroupSpread]
+    blamed: dict[str, list[tuple[int, int]]] = dataclasses.field(default_factory=dict)
 
 
 class Panel:

@@ -10,6 +10,7 @@ from tutelage.config import JUDGE_KINDS, Judge
 from tutelage.engines.answers import CachedEngine
 from tutelage.engines.choose import Own, open_engine
 from tutelage.engines.encoder import Encoder
+from tutelage.errors import RecipeError
 from tutelage.feedback.constitution import Constitution
 from tutelage.feedback.judge_prompt import load_judge_prompt
 from tutelage.feedback.judges import Listwise, Pairwise, Pointwise
@@ -30,18 +31,29 @@ def judge_of(spec: str) -> Judge:
 
     Raises:
         ValueError: It makes no sense (pydantic's message says why).
+        RecipeError: It is a discriminator.
     """
     if _CODE.match(spec):
         return Judge(name=spec.rpartition(":")[2], kind=spec)
     kind, sign, model = spec.partition("=")
     if not sign or kind not in JUDGE_KINDS:
         kind, model = "pairwise", spec
+    if kind == "discriminator":
+        raise _no_policy(spec)
     return Judge(name=_name(model if kind == "pairwise" else f"{kind}-{Path(model).name}"), kind=kind, model=model)
 
 
 def _name(spec: str) -> str:
     bare = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(spec.split("@")[0]).name.removesuffix(".gguf")).strip("-")
     return bare if bare[:1].isalpha() else f"judge-{bare}"
+
+
+def _no_policy(name: str) -> RecipeError:
+    return RecipeError(
+        f"'{name}' is a discriminator, and there is no policy in training to tell demonstrations from",
+        expected="a judge that can judge texts as they stand",
+        fix="put it under [[judges]] of a recipe with update.rounds, and play that with `tutelage run`",
+    )
 
 
 def open_judge(
@@ -66,6 +78,8 @@ def open_judge(
     """
     if ":" in spec.kind:
         return CodeJudge(spec.name, spec.kind)
+    if spec.kind == "discriminator":
+        raise _no_policy(spec.name)
     if spec.kind == "critic":
         from tutelage.feedback.critic_judge import open_critic
 

@@ -22,6 +22,7 @@ from tutelage.feedback.model_judge import ComparingJudge
 from tutelage.feedback.panel import Panel
 from tutelage.loop.choice import Choice, choose
 from tutelage.loop.evaluate import Completer
+from tutelage.loop.imitating import ImitationJudge
 from tutelage.objectives.constrained import PidMultiplier
 from tutelage.policy.full import FullWeights
 from tutelage.policy.learner import Learner, Scores, score
@@ -177,6 +178,10 @@ class Workbench:
     def _adapter_of(self, version: str) -> Path | None:
         return None if version == "start" else self.run.verify_checkpoint(version)
 
+    @property
+    def _imitators(self) -> list[ImitationJudge]:
+        return [one for one in self.judges if isinstance(one, ImitationJudge)]
+
     def save(self, version: str) -> None:
         """Write a checkpoint: adapter in PEFT's format, value head, optimiser, multiplier, what the panel heard."""
 
@@ -184,6 +189,8 @@ class Workbench:
             self.adapter.save(folder)
             if self.values is not None:
                 self.values.save(folder)
+            for one in self._imitators:
+                one.save(folder)
             save_file(moments_of(self.learner.optimizer), str(folder / "optimizer.safetensors"))
             state = {"version": version, "multiplier": self.multiplier.state(), "panel": self.panel.state()}
             state["anchored"] = {name: a.state() for name, a in self.anchored.items()}
@@ -201,6 +208,8 @@ class Workbench:
             self.baselines.clear()
             if self.values is not None:
                 self.values.clear()
+            for one in self._imitators:
+                one.clear()
         else:
             self.load(self.version)
 
@@ -214,6 +223,8 @@ class Workbench:
         self.adapter.load(folder)
         if self.values is not None:
             self.values.load(folder)
+        for one in self._imitators:
+            one.load(folder)
         self.restart_learner(self.recipe.update.learning_rate)
         take_moments(self.learner.optimizer, load_file(str(folder / "optimizer.safetensors")))
         try:

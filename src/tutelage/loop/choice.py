@@ -29,10 +29,11 @@ from tutelage.objectives.policy_gradient import Dapo, DrGrpo, Grpo, Reinforce, R
 from tutelage.objectives.ppo import Ppo
 from tutelage.objectives.preference import Aot, Dpo, ExoPair, Ipo, IpoPerToken, RobustDpo, Xpo
 from tutelage.objectives.reference_free import Orpo, SimPo
+from tutelage.objectives.unlikelihood import Unlikelihood
 from tutelage.objectives.unpaired import Kto
 from tutelage.objectives.weighted import CispoCap, CispoClamp, Gspo
 
-__all__ = ["TABLE", "Choice", "Rewards", "Row", "choose"]
+__all__ = ["TABLE", "Choice", "Marking", "Rewards", "Row", "choose"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,21 @@ TABLE: Mapping[str, Row] = {
     "simpo": Row(SimPo, _group),
     "orpo": Row(Orpo, _group),
     "kto": Row(Kto, _group),
+    "unlikelihood": Row(Unlikelihood, _centred),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Marking:
+    """Which tokens of a round's replies are pushed down, and how much the others of good replies are kept.
+
+    Args:
+        repeat_n: Length of the n-grams that should not come twice in a reply; 0 marks none.
+        keep: Weight of the likelihood of unmarked tokens in replies above their group's mean.
+    """
+
+    repeat_n: int = 4
+    keep: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +148,9 @@ class Choice:
         masks_truncated: Whether replies that were cut off teach nothing.
         decay: Of the moving baseline; None without one.
         values: The objective again, when it needs a value head.
-        family: `gradient` weighs each token by its credit, `preference` learns from pairs.
+        family: `gradient` weighs each token by its credit, `preference` learns from pairs, `marks` from tokens.
         pairing: How replies become pairs, for the latter.
+        marking: Which tokens are marked, for the last.
         from_start: Whether half of a group's replies are drawn from the start model, and the policy's own are
             compared with those.
     """
@@ -146,8 +162,9 @@ class Choice:
     masks_truncated: bool = False
     decay: float | None = None
     values: Ppo | None = None
-    family: Literal["gradient", "preference"] = "gradient"
+    family: Literal["gradient", "preference", "marks"] = "gradient"
     pairing: Pairing = dataclasses.field(default_factory=Pairing)
+    marking: Marking = dataclasses.field(default_factory=Marking)
     from_start: bool = False
 
 
@@ -183,6 +200,7 @@ def choose(recipe: Recipe, name: ObjectiveName | None = None) -> Choice:
         values=loss if isinstance(loss, Ppo) else None,
         family=facts.family,
         pairing=Pairing(**{key: value for key, value in pairing.items() if value is not None}),
+        marking=Marking(**{key: given[key] for key in ("repeat_n", "keep") if key in given}),
         from_start=fresh,
     )
 

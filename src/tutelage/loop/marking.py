@@ -100,10 +100,14 @@ def note_triggers(
     replies_PG: Sequence[Sequence[Generation]],
     given_PG: Sequence[Sequence[Verdict]],
     unit: Unit,
-) -> None:
-    """Keep the trigger words of the replies that a critic likes least; other judges say nothing of words."""
+) -> dict[str, list[Span]]:
+    """Keep the trigger words of the replies that a critic likes least; other judges say nothing of words.
+
+    Returns:
+        Their places in the text, by reply, of the replies that the critic is against.
+    """
     if not isinstance(judge, ComparingCritic):
-        return
+        return {}
     rows = [
         (verdict.value, reply.id, prompt, reply)
         for prompt, replies, given in zip(prompts, replies_PG, given_PG, strict=True)
@@ -124,3 +128,8 @@ def note_triggers(
         for one, (*_, prompt, reply) in zip(found, worst, strict=True)
     ]
     unit.note("triggers", {"unit": unit.name, "judge": judge.name, "replies": shown})
+    return {
+        reply.id: [(place.start, place.end) for place in one.places]
+        for one, (*_, reply) in zip(found, worst, strict=True)
+        if one.reward < 0 and one.places
+    }

@@ -23,20 +23,22 @@ from tutelage.policy.learner import Scores, TrainGroup, score
 from tutelage.records import Generation, Prompt, Reward
 from tutelage.store.ledger import Unit
 
-__all__ = ["prefer", "reference_point"]
+__all__ = ["Watched", "prefer", "reference_point"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Watched:
-    """An objective on pairs that also says how far the policy is from its start, in nats a token."""
+class Watched:
+    """An objective that also says how far the policy is from its start, in nats a token."""
 
     inner: Objective
 
     @property
     def name(self) -> str:
+        """The objective's own."""
         return self.inner.name
 
     def __call__(self, batch: Batch) -> Loss:
+        """Loss of one part of a step."""
         loss = self.inner(batch)
         with torch.no_grad():
             far = (kl_k3(batch.logp_BT, batch.ref_logp_BT) * batch.keep_BT).sum() / batch.keep_BT.sum().clamp_min(1.0)
@@ -77,7 +79,7 @@ def prefer(
         if isinstance(loss, Kto):
             other = groups_P[start - 1] if len(part) == 1 else ()  # one prompt alone has no other to be crossed with
             loss = dataclasses.replace(loss, z0=reference_point(bench, [*groups, *other], temperature=temperature))
-        numbers = bench.learner.step(groups, _Watched(loss), temperature=temperature)
+        numbers = bench.learner.step(groups, Watched(loss), temperature=temperature)
         if isinstance(loss, Kto):
             numbers["z0"] = loss.z0
         unit.metrics(number * 1000 + start // size, "update", numbers)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tutelage.errors import NothingToLearn
 from tutelage.loop.bench import Workbench
 from tutelage.loop.crediting import spread_credit
+from tutelage.loop.imitating import meet
 from tutelage.loop.preferring import prefer
 from tutelage.loop.stages import (
     advantages,
@@ -20,6 +21,7 @@ from tutelage.loop.stages import (
     update,
     watch,
 )
+from tutelage.loop.unlearning import unlearn
 from tutelage.records import Prompt
 from tutelage.store.ledger import Unit
 
@@ -37,6 +39,7 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     unit.generations(reply for group in replies_PG for reply in group)
 
     hold_to_anchors(bench, unit, number)
+    meet(bench.judges, replies_PG, unit, number, bench.progress)
     findings = judge(bench, prompts, replies_PG, unit)
     rewards_PG = reward(bench, findings, replies_PG)
     unit.rewards(r for group in rewards_PG for r in group)
@@ -49,12 +52,15 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     unit.metrics(number, "rollout", seen | {"multiplier": bench.multiplier.value})
     bench.progress.figures(cost=seen["cost"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"])
 
-    spreads = bench.choice.family == "gradient"  # pairs teach by whole replies
+    spreads = bench.choice.family == "gradient"  # pairs teach by whole replies, marks by their own tokens
     scores = bench.frozen_scores(prompts, replies_PG, attention=spreads and bench.recipe.credit.method == "attention")
     drawn = rescore(bench, prompts, replies_PG, unit, number)
     advantage_PG = advantages(bench, rewards_PG, replies_PG, scores, drawn)
-    if not spreads:
+    if bench.choice.family == "preference":
         prefer(bench, prompts, replies_PG, rewards_PG, advantage_PG, scores, unit, number)
+        return
+    if bench.choice.family == "marks":
+        unlearn(bench, prompts, replies_PG, findings.blamed, advantage_PG, scores, unit, number)
         return
     trains_PG = teaching(bench, rewards_PG, replies_PG, advantage_PG)
     if not any(map(any, trains_PG)):

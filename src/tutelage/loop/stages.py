@@ -103,7 +103,8 @@ def judge(
         for terms, given in zip(findings.terms_PKG, given_PG, strict=True):
             terms[one.name] = [v.value for v in given]
             findings.verdicts.extend(given)
-        note_triggers(one, prompts, replies_PG, given_PG, unit)
+        for reply, places in note_triggers(one, prompts, replies_PG, given_PG, unit).items():
+            findings.blamed.setdefault(reply, []).extend(places)
         bench.progress.advance(len(prompts))
     unit.verdicts(findings.verdicts)
     bench.progress.advance()
@@ -156,8 +157,8 @@ def rescore(
     """
     drawn_BT = padded([reply.logps for group in replies_PG for reply in group])
     exact = bench.recipe.sampling.exact
-    if (exact and bench.values is None) or bench.choice.family == "preference":
-        return Drawn(drawn_BT)  # pairs are compared under the policy and the start alone, whoever drew them
+    if (exact and bench.values is None) or bench.choice.family != "gradient":
+        return Drawn(drawn_BT)  # pairs and marks are read under the policy and the start alone, whoever drew them
     scores = bench.scores(prompts, replies_PG)
     if exact:
         return Drawn(drawn_BT, None, scores.value_BT)

@@ -7,6 +7,7 @@ is missing, so is the reward: NaN, never zero.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -120,6 +121,8 @@ class LengthFree:
 
     The slopes come from differences within each class alone: an attribute of the expert stays, even where
     the expert also writes longer; only what goes with length among texts of one author goes.
+    `Discriminator` learns them at its first update and then never again: were they to follow the data, the
+    logits of the same text would shift from update to update, by its length.
     """
 
     def __init__(self, width: int) -> None:
@@ -198,13 +201,15 @@ class Discriminator:
             for x, n, who in ((expert_NF, expert_length_N, "expert"), (policy_MF, policy_length_M, "policy"))
         )
         skipped = len(expert_NF) + len(policy_MF) - len(expert) - len(policy)
-        self.length_free.learn(expert, expert_length)
-        self.length_free.learn(policy, policy_length)
+        first = not bool(self.scale_F.any())
+        if first:
+            self.length_free.learn(expert, expert_length)
+            self.length_free.learn(policy, policy_length)
         free_expert, free_policy = (
             self.length_free.take_out(expert, expert_length),
             self.length_free.take_out(policy, policy_length),
         )
-        if not bool(self.scale_F.any()):
+        if first:
             # Fixed once: were the scale to follow the data, the reward of the same text would drift.
             both = torch.cat([free_expert, free_policy])
             spread = both.std(0, correction=0)
@@ -298,6 +303,32 @@ class Discriminator:
         """What each text earns, by the chosen formula and clipped; NaN where a feature is missing."""
         pay = airl_reward if self.settings.reward == "airl" else gail_reward
         return pay(self.logits(features_NF, length_N), clip=self.settings.clip)
+
+    def accuracy(
+        self,
+        expert_NF: torch.Tensor,
+        expert_length_N: torch.Tensor,
+        policy_MF: torch.Tensor,
+        policy_length_M: torch.Tensor,
+    ) -> float:
+        """Share told rightly, each class weighing a half and a logit of zero counting half; nothing is learned.
+
+        Raises:
+            InputError: Shapes do not fit, or a class has no whole row.
+        """
+        sides = []
+        for rows, lengths, who in ((expert_NF, expert_length_N, "expert"), (policy_MF, policy_length_M, "policy")):
+            features, length = self._whole(rows, lengths, who)
+            sides.append(self._standard(self.length_free.take_out(features, length)))
+        return self._accuracy(*sides)
+
+    def digest(self) -> str:
+        """Hash of all that decides what a text earns."""
+        free = (self.length_free.square_LL, self.length_free.cross_LF)
+        told = hashlib.sha256(json.dumps(dataclasses.asdict(self.settings)).encode())
+        for tensor in (*self._weights, self.middle_F, self.scale_F, *free):
+            told.update(tensor.detach().numpy().tobytes())
+        return told.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write everything that the next update depends on into one safetensors file.
