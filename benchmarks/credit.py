@@ -10,8 +10,10 @@ replies x 16 tokens a step, rate 2e-4, KL coefficient 0.04. The reward is the sh
 at most four letters, so truth about credit is known: each word earns its own. Every STRIDE steps the policy is
 measured on 16 prompts that it never learns from, 2 replies each. A run ends when the mean of its last two
 measurements has reached --level, or after --longest steps, which then counts as its number. `last` is the usual
-sequence-level reward: with reward-to-go every token gets the whole advantage. With --records every finished run
-is appended to a file at once and never repeated, so that several sessions can add up.
+sequence-level reward: with reward-to-go every token gets the whole advantage. The methods prefix,
+integrated-gradients and gradient-input explain a head (ridge regression on the trunk's features) that was fitted on
+the rewards of HEARD whole replies of the start model; these replies are theirs alone and count as no step. With
+--records every finished run is appended to a file at once and never repeated, so that several sessions can add up.
 """
 
 from __future__ import annotations
@@ -22,22 +24,30 @@ import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
+from credit_truth import linear_head
 from grpo_vs_trl import ALPHA, BETA, CLIP, RANK, TOPICS, endless, questions, short_words
 
 from tutelage.credit import tokens as credit
+from tutelage.credit.signed import slopes
 from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
+from tutelage.feedback.critic_data import Passage, read_passages
+from tutelage.feedback.critic_reward import Reward
+from tutelage.loop.crediting import SignedMethod, explain, onto
 from tutelage.objectives.advantages import advantages_grpo
 from tutelage.objectives.policy_gradient import Grpo
 from tutelage.policy.learner import Learner, TrainGroup, score
 from tutelage.policy.lora import attach
 from tutelage.records import Message, Prompt, SamplerSettings
 
-METHODS = ("attention", "uniform", "last")
+PLAIN = ("attention", "uniform", "last")
+METHODS = (*PLAIN, *get_args(SignedMethod))
+HEARD, POINTS = 256, 8  # replies that a head learns from; points on the path of integrated gradients
 PROMPTS, SAMPLES, TOKENS, RATE, STRIDE, BUDGET = 4, 8, 16, 2e-4, 2, 640
 SHARE = 0.8  # of the advantage that is spread; the recipe's
 
@@ -56,6 +66,7 @@ def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]
     learner = Learner(lm, adapter, learning_rate=RATE, budget=BUDGET)
     settings = SamplerSettings(1.0, max_new_tokens=TOKENS)
     learned, unseen = asked(questions(PROMPTS)), asked([f"Tell me a tale about {topic}." for topic in TOPICS])
+    head = None if method in PLAIN else head_of(lm, completer, seed)
     curve: list[float] = []
     kl, steps = 0.0, 0
     while steps < longest:
@@ -63,7 +74,7 @@ def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]
         replies = completer.generate(
             learned, samples=SAMPLES, settings=settings, seed=1000 * seed + steps, version=str(steps)
         )
-        kl = learner.step(groups_of(lm, adapter, learned, replies, method), Grpo(CLIP, BETA))["kl_to_start"]
+        kl = learner.step(groups_of(lm, adapter, learned, replies, method, head), Grpo(CLIP, BETA))["kl_to_start"]
         if steps % STRIDE == 0:
             said = completer.generate(unseen, samples=2, settings=settings, seed=7, version=str(steps))
             curve.append(statistics.fmean(short_words(r.text) for group in said for r in group))
@@ -81,7 +92,33 @@ def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]
     }
 
 
-def groups_of(lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any) -> list[TrainGroup]:
+def head_of(lm: Any, completer: LocalCompleter, seed: int) -> Reward:
+    """A head that knows the rewards of whole replies of the start model, and nothing of words."""
+    prompts = asked(questions(len(TOPICS)))
+    settings = SamplerSettings(1.0, max_new_tokens=TOKENS)
+    groups = completer.generate(
+        prompts, samples=HEARD // len(prompts), settings=settings, seed=1000 * seed, version="start"
+    )
+    shown = [Passage(r.text) for group in groups for r in group]
+    return linear_head(read_passages(lm, shown), np.array([short_words(p.text) for p in shown]))[0]
+
+
+def explained(lm: Any, method: Any, head: Reward, replies: Any, advantage_PG: Any, keep_BT: Any) -> Any:
+    """Credit as the head explains its reward, as `loop.crediting` makes it: what is left goes to the last token."""
+    flat = [r for group in replies for r in group]
+    found = explain(method, lm, [Passage(r.text) for r in flat], head, contextual=False, steps=POINTS, budget=BUDGET)
+    score_BT = torch.zeros_like(keep_BT)
+    for b, (one, reply) in enumerate(zip(found, flat, strict=True)):
+        score_BT[b, : len(reply.tokens)] = torch.tensor(onto(lm, one, reply.tokens)[0])
+    rewards = torch.tensor([one.reward for one in found]).view_as(advantage_PG)
+    slope_P = slopes(advantage_PG, rewards, score_BT.view(*advantage_PG.shape, -1)).slope_P
+    scaled_BT = slope_P.repeat_interleave(advantage_PG.shape[1]).float()[:, None] * score_BT
+    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=SHARE)
+
+
+def groups_of(
+    lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any, head: Reward | None
+) -> list[TrainGroup]:
     """What a step learns from: each token weighed by the credit from it on."""
     rows = iter(range(PROMPTS * SAMPLES))
     packed = [
@@ -91,9 +128,14 @@ def groups_of(lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, me
     with adapter.off():
         scores = score(lm, packed, budget=BUDGET, attention=method == "attention")
     rewards = torch.tensor([[short_words(r.text) for r in group] for group in replies])
-    weights = credit.weights(method, scores.keep_BT, scores.attention_BT)
-    advantage_B = advantages_grpo(rewards).flatten()
-    ahead = credit.reward_to_go(credit.assign(advantage_B, weights, scores.keep_BT, beta=SHARE))
+    advantage_PG = advantages_grpo(rewards)
+    if head is None:
+        weights = credit.weights(method, scores.keep_BT, scores.attention_BT)
+        credit_BT = credit.assign(advantage_PG.flatten(), weights, scores.keep_BT, beta=SHARE)
+    else:
+        with adapter.off():
+            credit_BT = explained(lm, method, head, replies, advantage_PG, scores.keep_BT)
+    ahead = credit.reward_to_go(credit_BT)
     found = []
     for group, said in zip(packed, replies, strict=True):
         lengths = [len(c) for c in group.completions]
@@ -165,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--methods", default=",".join(METHODS), help="parted by commas: " + ", ".join(METHODS))
+    parser.add_argument("--methods", default=",".join(PLAIN), help="parted by commas: " + ", ".join(METHODS))
     parser.add_argument("--level", type=float, default=0.8)
     parser.add_argument("--longest", type=int, default=60)
     parser.add_argument("--records", type=Path, help="append finished runs here, and skip those that stand there")

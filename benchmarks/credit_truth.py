@@ -12,7 +12,7 @@ a token earned. Then REPLIES others are explained, behind no prompt. By method:
 - what the scores lack to the change of the head's reward that they explain, as a share of it;
 - deletion: the true reward of what is left as tokens go, those with the highest score first; 0 is the mean of random
   orders, 1 that of the true order;
-- seconds a reply, the features of attention from the pass that scores the replies anyway.
+- seconds of the processor a reply; attention's are those of the pass that scores the replies anyway.
 
 Two yardsticks stand beside the methods: the truth itself, and `occlusion`, the head's reward less its reward without
 the token (one reading for every token), which is the best that the head could know by simple means.
@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -40,6 +40,7 @@ from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
 from tutelage.feedback.critic_data import Passage, read_passages
+from tutelage.feedback.critic_reward import Reward
 from tutelage.loop.crediting import SignedMethod, explain, onto
 from tutelage.policy.learner import score
 from tutelage.records import Generation, Message, Prompt, SamplerSettings
@@ -47,7 +48,6 @@ from tutelage.records import Generation, Message, Prompt, SamplerSettings
 LEARNED, REPLIES, TOKENS, KINDS, FOLDS, BUDGET = 400, 60, 16, 60, 5, 512
 PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
 METHODS = (*get_args(SignedMethod), "attention", "uniform", "last", "occlusion", "truth")
-Reward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,18 +78,23 @@ def task(lm: Any, seed: int) -> Task:
     worth = torch.randn(len(common), generator=torch.Generator().manual_seed(seed)).tolist()
     price = {token: value for (token, _), value in zip(common, worth, strict=True)}
     sums = np.array([sum(price.get(t, 0.0) for t in r.tokens) for r in replies])
-    x_NF = read_passages(lm, [Passage(r.text) for r in replies], budget=BUDGET)
-    weight_F, bias, mean_F, scale_F, unseen = ridge(x_NF, sums)
-    w, m, s = (torch.tensor(t, dtype=torch.float32) for t in (weight_F, mean_F, scale_F))
-
-    def reward(features_NF: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return ((features_NF - m) / s) @ w + bias
-
+    reward, unseen = linear_head(read_passages(lm, [Passage(r.text) for r in replies], budget=BUDGET), sums)
     own = [r for _, r in explained]
     truth_BT = torch.tensor([[price.get(t, 0.0) for t in r.tokens] for r in own])
     said = reward(torch.from_numpy(read_passages(lm, [Passage(r.text) for r in own], budget=BUDGET)), truth_BT)
     fit = float(np.corrcoef(said.numpy(), truth_BT.sum(-1).numpy())[0, 1])
     return Task(lm, own, [p for p, _ in explained], truth_BT, reward, fit, unseen)
+
+
+def linear_head(x_NF: np.ndarray, y_N: np.ndarray) -> tuple[Reward, float]:
+    """A head for these rewards of whole replies, and its correlation with those that were left out."""
+    weight_F, bias, mean_F, scale_F, unseen = ridge(x_NF, y_N)
+    w, m, s = (torch.tensor(t, dtype=torch.float32) for t in (weight_F, mean_F, scale_F))
+
+    def reward(features_NF: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return ((features_NF - m) / s) @ w + bias
+
+    return reward, unseen
 
 
 def ridge(x_NF: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, float, np.ndarray, np.ndarray, float]:
@@ -139,7 +144,7 @@ def scores_of(method: str, given: Task, steps: int) -> tuple[torch.Tensor, float
     weights_BT = credit.weights(method, found_s.keep_BT, found_s.attention_BT)  # type: ignore[arg-type]
     reward_B = given.reward(torch.from_numpy(read_passages(given.lm, passages, budget=BUDGET)), weights_BT)
     # What a reply earns above the mean is spread, as an advantage is.
-    return credit.assign(reward_B - reward_B.mean(), weights_BT, found_s.keep_BT, beta=1.0), None
+    return (reward_B - reward_B.mean())[:, None] * weights_BT, None
 
 
 def occluded(given: Task) -> torch.Tensor:
@@ -174,9 +179,9 @@ def measure(seed: int, methods: Sequence[str], steps: int) -> list[dict[str, Any
     print(f"seed {seed}: the head knows the sums to r = {given.fit:.2f} ({given.unseen:.2f} by folds)", file=sys.stderr)
     rows = []
     for method in methods:
-        started = time.perf_counter()
+        started = time.process_time()
         score_BT, lacking = scores_of(method, given, steps)
-        seconds = (time.perf_counter() - started) / len(given.replies)
+        seconds = (time.process_time() - started) / len(given.replies)
         rows.append(
             {
                 "seed": seed,
@@ -195,7 +200,10 @@ def measure(seed: int, methods: Sequence[str], steps: int) -> list[dict[str, Any
 
 def shown(rows: Sequence[dict[str, Any]]) -> str:
     """A line a method: mean over the seeds, and each seed."""
-    lines = ["| credit | seeds | correlation with truth | lacks | deletion | seconds a reply |", "|---" * 6 + "|"]
+    lines = [
+        "| credit | seeds | correlation with truth | lacks | deletion | processor seconds a reply |",
+        "|---" * 6 + "|",
+    ]
     for method in dict.fromkeys(r["method"] for r in rows):
         own = [r for r in rows if r["method"] == method]
 

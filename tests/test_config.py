@@ -82,6 +82,9 @@ def needed(key: str) -> list[str]:
     section, _, option = key.partition(".")
     if key == "gate.evidence" or (section == "pairs" and option != "file"):
         return ["pairs.file=pairs.jsonl"]
+    if key in ("credit.judge", "credit.steps", "credit.rest"):
+        critic = 'judges=[{name = "another", kind = "critic", model = "another.safetensors"}]'
+        return [critic, "credit.method=integrated-gradients"]
     if section != "objective":
         return []
     name = next(name for name, kind in OBJECTIVES.items() if option in kind.options)

@@ -64,6 +64,28 @@ def test_other_settings_are_other_runs(bench, played, monkeypatch, capsys, tmp_p
     assert [r["level"] for r in found["rows"]] == [0.7]
 
 
+def test_a_head_explains_what_it_was_told_of_replies(bench, monkeypatch, tiny_lm) -> None:
+    """Credit of a step by the head's prefixes sums to the advantages, and tells tokens apart."""
+    from types import SimpleNamespace
+
+    import torch
+
+    texts = [["The lamp is old.", "I don't know."], ["It is.", "What of it?"]]
+    replies = [[SimpleNamespace(text=t, tokens=tiny_lm.encode_reply(t)[:-1]) for t in group] for group in texts]
+    weight_F = torch.randn(4 * tiny_lm.head_VD.shape[1], generator=torch.Generator().manual_seed(0))
+    width = max(len(r.tokens) for group in replies for r in group)
+    keep_BT = torch.tensor([[float(t < len(r.tokens)) for t in range(width)] for group in replies for r in group])
+    advantage_PG = torch.tensor([[1.0, -1.0], [-0.5, 0.5]])
+    spread = []
+    for sign in (1.0, -1.0):
+        found = bench.explained(tiny_lm, "prefix", lambda x, _: x @ weight_F, replies, sign * advantage_PG, keep_BT)
+        assert (sign * found).sum(-1).tolist() == pytest.approx([1.0, -1.0, -0.5, 0.5], abs=1e-5)
+        assert (found * (1 - keep_BT)).abs().max() == 0
+        spread.append([bool(found[row, :3].any()) for row in (0, 2)])
+    # Of an advantage and its opposite, the head's reward rises with one.
+    assert [a != b for a, b in zip(*spread, strict=True)] == [True, True]
+
+
 def test_bad_words_and_lines_are_refused(bench, played, monkeypatch, capsys, tmp_path) -> None:
     for words in (["--methods", "latest"], ["--table"]):
         with pytest.raises(SystemExit):
