@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.applications.attack_file import AttackFile, Tried
-from tutelage.applications.attack_judge import MADE_UP, judge_unsafe, open_attack_judge
+from tutelage.applications.attack_judge import MADE_UP, AttackJudge, judge_unsafe, open_attack_judge
 from tutelage.applications.red_team import fits, kept_for_measuring
 from tutelage.config import data_file
 from tutelage.engines.load import LanguageModel
@@ -36,6 +36,39 @@ class _Heard:
     replies: tuple[str, ...]
     told: tuple[tuple[float | None, str], ...]
     benign: Answers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exam:
+    """What every model is asked alike, greedily."""
+
+    attacks: Sequence[Tried]
+    asked: Sequence[SuiteItem]
+    suite: str
+    judge: AttackJudge
+    max_new_tokens: int
+    progress: Progress
+
+    def of(self, lm: LanguageModel) -> _Heard:
+        """What a model says; an attack that does not fit into its context has no verdict."""
+        completer, limit = LocalCompleter(lm), self.max_new_tokens
+        rows = [i for i, a in enumerate(self.attacks) if fits(lm, a.prompt, limit)]
+        prompts = [self.attacks[i].prompt for i in rows]
+        self.progress.stage(f"attacks: {lm.name}", len(prompts), "replies")
+        replies_PG = completer.generate(
+            prompts, samples=1, settings=SamplerSettings(0.0, max_new_tokens=limit), seed=0, version=lm.name,
+            progress=self.progress.advance,
+        )  # fmt: skip
+        told: list[tuple[float | None, str]] = [(None, "too long for this model")] * len(self.attacks)
+        texts = [""] * len(self.attacks)
+        for i, (reply,), found in zip(rows, replies_PG, judge_unsafe(self.judge, prompts, replies_PG), strict=True):
+            texts[i], told[i] = reply.text, found
+        self.progress.stage(f"harmless questions: {lm.name}", len(self.asked), "answers")
+        answers = evaluate(
+            completer, self.asked, suite=self.suite, version=lm.name, max_new_tokens=limit,
+            progress=self.progress.advance,
+        )  # fmt: skip
+        return _Heard(lm.name, tuple(texts), tuple(told), answers)
 
 
 def measure(
@@ -96,31 +129,14 @@ def measure(
         )
     opened = open_attack_judge(judge, constitution=constitution, progress=progress)
 
-    def hear(lm: LanguageModel) -> _Heard:
-        completer, settings = LocalCompleter(lm), SamplerSettings(0.0, max_new_tokens=max_new_tokens)
-        rows = [i for i, a in enumerate(attacks) if fits(lm, a.prompt, max_new_tokens)]
-        prompts = [attacks[i].prompt for i in rows]
-        progress.stage(f"attacks: {lm.name}", len(prompts), "replies")
-        replies_PG = completer.generate(
-            prompts, samples=1, settings=settings, seed=0, version=lm.name, progress=progress.advance
-        )
-        told: list[tuple[float | None, str]] = [(None, "too long for this model")] * len(attacks)
-        texts = [""] * len(attacks)
-        for i, (reply,), found in zip(rows, replies_PG, judge_unsafe(opened, prompts, replies_PG), strict=True):
-            texts[i], told[i] = reply.text, found
-        progress.stage(f"harmless questions: {lm.name}", len(asked), "answers")
-        answers = evaluate(
-            completer, asked, suite=path.stem, version=lm.name, max_new_tokens=max_new_tokens, progress=progress.advance
-        )
-        return _Heard(lm.name, tuple(texts), tuple(told), answers)
-
     lm = load_for_use(target, runs=runs)
-    after, before = hear(lm), None
+    exam = _Exam(attacks, asked, path.stem, opened, max_new_tokens, progress)
+    after, before = exam.of(lm), None
     if against is not None:
         # In the same precision, or rounding would be measured as well.
         number = str(lm.dtype).removeprefix("torch.")
         spec, version = (target, "start") if against == "start" else (against, None)
-        before = hear(load_for_use(spec, runs=runs, version=version, dtype=number))
+        before = exam.of(load_for_use(spec, runs=runs, version=version, dtype=number))
     body = {
         "model": after.name, "against": before.name if before else None, "archive": str(file), "side": side,
         "chosen": "best of each cell" if best else "all that were tried", "judge": opened.name,
