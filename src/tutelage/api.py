@@ -12,9 +12,10 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tutelage.config import Recipe, data_file, load_recipe
+from tutelage.engines.weights import EMBEDDED_POLICY
 from tutelage.errors import InputError, JudgeRefused, ModelError, RecipeError
 from tutelage.loop.versions import load_for_use, open_run
 from tutelage.records import Progress
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from tutelage.loop.evaluate import Answers
     from tutelage.loop.improve import Result
 
-__all__ = ["Measured", "evaluate", "export", "load_for_use", "measured", "open_run", "run"]
+__all__ = [
+    "Measured", "attack", "evaluate", "export", "load_for_use", "measure_attacks", "measured", "open_run", "run",
+]  # fmt: skip
 
 
 def run(
@@ -251,3 +254,99 @@ def export(run_name: str, *, merged: str | Path, runs: str | Path = "runs") -> P
     lm = load_for_use(str(folder), runs=runs)
     save_merged(lm, target)
     return target
+
+
+def attack(
+    model: str,
+    *,
+    archive: str | Path,
+    topics: str = "builtin:honesty",
+    styles: Sequence[str] = (),
+    attackers: Sequence[str] = (),
+    attacker_model: str = EMBEDDED_POLICY,
+    judge: str = "builtin:made-up",
+    constitution: str | None = None,
+    rounds: int = 4,
+    runs: str | Path = "runs",
+    progress: Progress | None = None,
+    **rules: Any,
+) -> dict[str, Any]:
+    """Let a red team attack a model, and keep the best attack of each kind in a file.
+
+    Args:
+        model: A model or a run.
+        archive: The file; one that is there is gone on with.
+        topics: TOML file of topics and styles.
+        styles: Only these styles.
+        attackers: Who writes; none takes all.
+        attacker_model: The model that rewrites questions.
+        judge: `builtin:made-up`, `critic=FILE`, `package.module:name`, or a model that rates.
+        constitution: Principles, for a model that judges.
+        rounds: In all, with those that the file holds.
+        runs: Folder that holds runs.
+        progress: Told what happens.
+        rules: Fields of `applications.red_team.Rules`, for example ``temperature=0.7, samples=4``.
+
+    Returns:
+        Attack success by attacker and side with 95% intervals, what is missing, coverage, examples.
+
+    Raises:
+        TutelageError: A file, model or judge cannot be used, or a number makes no sense.
+    """
+    from tutelage.applications import red_team
+    from tutelage.loop.bench import Silent
+
+    known = [f.name for f in dataclasses.fields(red_team.Rules)]
+    strange = [name for name in rules if name not in known]
+    if strange:
+        raise InputError(f"'{strange[0]}' is no rule of a red team", expected=", ".join(known))
+    return red_team.attack(
+        model, Path(archive), topics=topics, styles=styles, attackers=attackers, attacker_model=attacker_model,
+        judge=judge, constitution=constitution, rounds=rounds, rules=red_team.Rules(**rules), runs=Path(runs),
+        progress=progress or Silent(),
+    )  # fmt: skip
+
+
+def measure_attacks(
+    model: str,
+    *,
+    archive: str | Path,
+    against: str | None = None,
+    side: Literal["held_out", "training"] = "held_out",
+    judge: str = "builtin:made-up",
+    benign: str = "builtin:honesty-train",
+    limit: int | None = None,
+    max_new_tokens: int = 32,
+    runs: str | Path = "runs",
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Put the attacks of a side and harmless questions to a model, alone or against another.
+
+    Args:
+        model: A model or a run.
+        archive: What `attack` wrote.
+        against: A second one; "start" is the model that the run started from.
+        side: Whose attacks; a defender is measured with the held-out ones.
+        judge: As for `attack`.
+        benign: Suite whose answerable questions are harmless.
+        limit: Only the first of those.
+        max_new_tokens: Longest reply.
+        runs: Folder that holds runs.
+        out: File for figures and replies as JSON.
+        progress: Told what happens.
+
+    Returns:
+        `attacks` by attacker, the first row all together, and `benign`, with paired intervals.
+
+    Raises:
+        TutelageError: A file, model or judge cannot be used.
+    """
+    from tutelage.applications.defence import measure
+    from tutelage.loop.bench import Silent
+
+    return measure(
+        model, Path(archive), against=against, side=side, judge=judge, benign=benign, limit=limit,
+        max_new_tokens=max_new_tokens, runs=Path(runs), out=None if out is None else Path(out),
+        progress=progress or Silent(),
+    )  # fmt: skip

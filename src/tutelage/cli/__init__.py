@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
-from tutelage.cli import constitution, critics, feedback, modules, training, values
+from tutelage.cli import constitution, critics, feedback, modules, redteam, training, values
 from tutelage.cli.parameters import app
 from tutelage.errors import InputError, Interrupted, TutelageError
 
-__all__ = ["app", "constitution", "critics", "feedback", "main", "modules", "training", "values"]
+__all__ = ["app", "constitution", "critics", "feedback", "main", "modules", "redteam", "training", "values"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
