@@ -31,7 +31,7 @@ __all__ = ["ImitationJudge", "Lens", "demonstrations_for", "meet"]
 
 _FEWEST = 8  # demonstrations; by fewer the rows themselves are learned, not what they share
 _HELD_BACK = 5  # every so many demonstrations one is only measured on, where there are twice as many
-_DIRECTIONS = 24  # that features are read along; chosen in docs/log.md
+_DIRECTIONS = 24  # that features are read along; not tuned
 _RATE = 0.01  # of the discriminator: a tenth of a logit a step, so that it can stop within its band
 
 
