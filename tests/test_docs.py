@@ -344,6 +344,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniform-credit": {"credit.method": "uniform"},
     "prefix-credit": {
         "credit.method": "prefix",
+        "credit.drop_sinks": "first",
         "judges": (Judge(name="liked", kind="critic", model="liked.safetensors", weight=0.5).model_dump(),),
     },
     "reinforce": {"update.objective": "reinforce"},
