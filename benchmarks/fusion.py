@@ -1,13 +1,13 @@
 """Does a fusion with 50 human labels beat each of its sources? Critics of dialogue safety taught on different data.
 
     python benchmarks/fusion.py --cache /tmp/critics
-    python benchmarks/fusion.py --cache /tmp/critics --rows 1000 --labels 100
+    python benchmarks/fusion.py --cache /tmp/critics --own trunk,trunk,trunk
 
 Data: the folder ../shared/data beside the checkout, or --data. Judged are DiaSafety's test replies, safe or
 unsafe, in contexts that no critic has seen. Three sources learned from DiaSafety's training part, each from
---rows replies whose contexts no other has seen, and each by other features: hashed words, the sentence encoder,
-the embedded model's trunk. Two learned elsewhere: toxicity from Davidson's tweets, harmless preference from
-HH. Each says one number of a text, and of two texts the difference. The fusion is fitted on 50 random pairs of
+--rows replies whose contexts no other has seen, by the features that --own names: hashed words, the sentence
+encoder, the embedded model's trunk. Two learned elsewhere: toxicity from Davidson's tweets, harmless preference
+from HH. Each says one number of a text, and of two texts the difference. The fusion is fitted on 50 random pairs of
 a safe and an unsafe reply, whose labels people gave, drawn 40 times. It and its sources are measured on the
 replies that were not drawn: how often the safe one of any two is held to be safer (AUROC), with paired intervals
 of a bootstrap over replies. `best on the labels` is the source that is right most often on the same 50 pairs.
@@ -30,7 +30,6 @@ from tutelage.feedback.critic_data import BLOCKS, Passage, families
 from tutelage.feedback.fusion import fit_fusion
 from tutelage.feedback.text_critic import TextCritic
 
-OWN = ("words", "encoder", "trunk")  # features of the critics that learn from DiaSafety
 # Task of critics.py, and whether a higher score means a safer text; read by the encoder.
 ELSEWHERE = {"toxicity": -1.0, "preference-hh": 1.0}
 DRAWS, RESAMPLES = judges.DRAWS, 300
@@ -44,12 +43,12 @@ def replies(data: Path, part: str) -> tuple[list[Passage], np.ndarray]:
     return passages, np.array([row["label"] == "Safe" for row in rows])
 
 
-def parted(passages: Sequence[Passage], test: Sequence[Passage], rows: int) -> list[np.ndarray]:
+def parted(passages: Sequence[Passage], test: Sequence[Passage], rows: int, count: int) -> list[np.ndarray]:
     """Rows of each own critic: whole families of replies, none of which shares a context with the test replies."""
     kin_N = families([*passages, *test])
     free = np.setdiff1d(kin_N[: len(passages)], kin_N[len(passages) :])
     order = np.random.default_rng(0).permutation(free)
-    shares = np.array_split(order, len(OWN))
+    shares = np.array_split(order, count)
     return [np.flatnonzero(np.isin(kin_N[: len(passages)], share))[:rows] for share in shares]
 
 
@@ -62,12 +61,12 @@ def blocks(
 
 
 def own(
-    source: str, seen: Sequence[Passage], safe: np.ndarray, test: Sequence[Passage], shelf: critics.Shelf
+    share: int, source: str, seen: Sequence[Passage], safe: np.ndarray, test: Sequence[Passage], shelf: critics.Shelf
 ) -> np.ndarray:
-    """(N,) how safe a critic taught on DiaSafety holds the test replies."""
+    """(N,) how safe a critic taught on a share of DiaSafety holds the test replies."""
     tables = [
         blocks(shelf, name, texts, source, contextual=True)
-        for name, texts in ((f"fusion-{source}", seen), ("fusion-test", test))
+        for name, texts in ((f"fusion-{share}", seen), ("fusion-test", test))
     ]
     critic = TextCritic.fit(
         tables[0], (~safe).astype(int), families(seen), kind="safety", labels=("safe", "unsafe"), positive=1,
@@ -144,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="folder for features, as of critics.py")
     parser.add_argument("--rows", type=int, default=2000, help="replies that each critic of DiaSafety learns from")
+    parser.add_argument("--own", default="words,encoder,trunk", help="features of the critics of DiaSafety")
     parser.add_argument("--labels", type=int, default=judges.LABELS)
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
     parser.add_argument("--json", action="store_true")
@@ -152,9 +152,10 @@ def main() -> None:
     shelf = critics.Shelf(given.cache)
     train, safe_N = replies(given.data, "train")
     test, safe_test_N = replies(given.data, "test")
-    columns = {}
-    for source, rows in zip(OWN, parted(train, test, given.rows), strict=True):
-        columns[f"{source}, {len(rows):,} replies"] = own(source, [train[n] for n in rows], safe_N[rows], test, shelf)
+    columns, sources = {}, given.own.split(",")
+    for share, rows in enumerate(parted(train, test, given.rows, len(sources))):
+        name = f"{sources[share]}, {len(rows):,} replies ({share + 1})"
+        columns[name] = own(share, sources[share], [train[n] for n in rows], safe_N[rows], test, shelf)
     for name in ELSEWHERE:
         columns[f"{name}, elsewhere"] = elsewhere(name, test, given.data, shelf)
     found = measured(list(columns), np.stack(list(columns.values()), axis=1), safe_test_N, given.labels)

@@ -58,6 +58,13 @@ _NOTES: Mapping[str, str] = {
     ),
 }
 
+# Where sections that may stand any number of times are explained.
+_LISTS: Mapping[str, str] = {
+    "judges": "[Judges](judges.md)",
+    "constraints": "[Costs of your own](constraint.md#costs-of-your-own)",
+    "tiers": "[Tiers](constraint.md#tiers)",
+}
+
 _INTRODUCTION = """\
 # The recipe: every key, its default and its meaning
 
@@ -166,9 +173,7 @@ def reference() -> str:
             rows.append(f"| `{key}` | {shown} | {_allowed(field)} | {field['description']} |")
         parts.append("\n".join(rows) + "\n")
     for name, about, fields in _lists():
-        parts.append(
-            f"## `[[{name}]]`\n\n{about}\n\nAny number of them; none is the default. See [Judges](judges.md).\n"
-        )
+        parts.append(f"## `[[{name}]]`\n\n{about}\n\nAny number of them; none is the default. See {_LISTS[name]}.\n")
         rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
         for key, field in fields:
             value = field.get("default")

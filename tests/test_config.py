@@ -63,6 +63,10 @@ def other_value(key: str) -> str:
     }
     if key in special:
         return special[key]
+    if key == "constraints":
+        return '[{name = "form", judge = "text"}]'
+    if key == "tiers":
+        return '[{terms = ["fit", "principles"]}, {terms = ["text", "consistency"]}]'
     if key == "judges":
         return '[{name = "mine", kind = "my_judges:polite"}]'
     if typing.get_origin(kind) is tuple:

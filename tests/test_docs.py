@@ -24,7 +24,18 @@ from cyclopts import CycloptsError
 
 import tutelage
 from tutelage.cli import app
-from tutelage.config import Credit, Feedback, Judge, Recipe, Update, all_keys, data_file, load_recipe
+from tutelage.config import (
+    CostConstraint,
+    Credit,
+    Feedback,
+    Judge,
+    Recipe,
+    Tier,
+    Update,
+    all_keys,
+    data_file,
+    load_recipe,
+)
 from tutelage.errors import InputError, RecipeError, TutelageError
 from tutelage.feedback.constitution import load_constitution
 from tutelage.loop.evaluate import METRICS, share
@@ -297,12 +308,15 @@ def test_a_stale_file_is_noticed_and_writing_settles_it(name: str, script: Modul
     assert script.main([*folder, "--check"]) == 0
 
 
+LISTS = ("judges", "constraints", "tiers")
+
+
 def test_the_recipe_page_has_every_key_with_its_default() -> None:
     page = text(DOCS / "recipe.md")
     sections = dict(zip(*[iter(re.split(r"^## (.+)$", page, flags=re.MULTILINE)[1:])] * 2, strict=True))
-    assert "`[[judges]]`" in sections  # tables of their own, and none by default
+    assert {f"`[[{name}]]`" for name in LISTS} < set(sections)  # tables of their own, and none by default
     for key, default in all_keys().items():
-        if key == "judges":
+        if key in LISTS:
             continue
         section, _, name = key.rpartition(".")
         row = re.search(rf"^\| `{name}` \| (.+?) \|", sections[f"`[{section}]`" if section else "Top level"], re.M)
@@ -317,7 +331,7 @@ def test_the_commented_recipe_is_the_built_in_one_with_all_keys() -> None:
     assert load_recipe(path).hash == load_recipe("honesty").hash
     data = tomllib.loads(text(path))
     for key, default in all_keys().items():
-        if key == "judges":  # an empty list here would forbid [[judges]] further down
+        if key in LISTS:  # an empty list here would forbid [[judges]] further down
             continue
         section, _, name = key.rpartition(".")
         assert default is None or name in (data[section] if section else data), key
@@ -339,6 +353,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "supervised.enabled": False,
         "update.rounds": 8,
         "update.learning_rate": 0.001,
+    },
+    "two-costs": {
+        "rewards.text": 0.0,
+        "rewards.consistency": 0.0,
+        "constraints": (
+            CostConstraint(name="form", judge="text", limit=0.1).model_dump(),
+            CostConstraint(name="unsteady", judge="consistency", per="prompt", threshold=0.6, limit=0.05).model_dump(),
+        ),
+    },
+    "tiers": {
+        "tiers": (
+            Tier(terms=("fit", "principles"), target=0.5, tolerance=0.1).model_dump(),
+            Tier(terms=("consistency", "text")).model_dump(),
+        ),
     },
     "rloo": {"update.objective": "rloo"},
     "uniform-credit": {"credit.method": "uniform"},

@@ -214,10 +214,10 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 }  # fmt: skip
 # Shown elsewhere: a GPU in tests/test_cli.py, the hub in tests/engines/test_load.py, the anchor in
 # tests/loop/test_supervised.py (a random model has no answer that is worth keeping), a server in
-# tests/engines/test_vllm.py, judges of one's own in tests/applications/test_judging.py, options of single
+# tests/engines/test_vllm.py, judges of one's own in tests/applications/test_judging.py, costs and tiers in tests/loop/test_constraining.py, options of single
 # objectives in tests/loop/test_choice.py, the controller's in tests/loop/test_controlling.py, pairs and the gate on them in tests/loop/test_offline.py, a critic that explains credit in tests/loop/test_crediting.py, the lower bound of weights in tests/objectives/test_divergence.py.
 ELSEWHERE = {
-    "feedback.allow_refused", "gate.evidence", "feedback.anchors", "feedback.anchor_every", "judges", "model.device", "model.hub", "sampling.server", "supervised.adapter",
+    "feedback.allow_refused", "gate.evidence", "feedback.anchors", "feedback.anchor_every", "judges", "constraints", "tiers", "model.device", "model.hub", "sampling.server", "supervised.adapter",
     "supervised.anchor", "update.importance_low", "credit.judge", "credit.steps", "credit.rest", *(key for key in all_keys() if key.startswith(("objective.", "controller.", "demonstrations.", "pairs."))),
 }  # fmt: skip
 

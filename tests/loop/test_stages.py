@@ -14,6 +14,7 @@ from tests.tiny_world import World
 
 from tutelage.config import Recipe
 from tutelage.loop.choice import choose
+from tutelage.loop.constraining import constraints_of
 from tutelage.loop.stages import Drawn, teaching
 from tutelage.loop.stages import advantages as advantages_of
 from tutelage.records import Reward
@@ -27,7 +28,13 @@ ROUNDS = ("round-1", "round-2")
 def bench(*, objective: str = "grpo", constrained: bool = True, multiplier: float = 1.0) -> Any:
     recipe = Recipe.model_validate({"constraint": {"enabled": constrained}, "update": {"objective": objective}})
     return SimpleNamespace(
-        recipe=recipe, choice=choose(recipe), multiplier=SimpleNamespace(value=multiplier), baselines={}, values=None
+        recipe=recipe,
+        choice=choose(recipe),
+        multiplier=SimpleNamespace(value=multiplier),
+        baselines={},
+        values=None,
+        constraints=constraints_of(recipe),
+        trust={},
     )
 
 
@@ -212,7 +219,9 @@ def test_the_divergence_is_charged_to_the_reward_of_a_reply() -> None:
     recipe = Recipe.model_validate(
         {"constraint": {"enabled": False}, "update": {"objective": "reinforce", "kl": 0.2}, "objective": {"kl_estimator": "k1-reward", "baseline": "none"}}
     )  # fmt: skip
-    given: Any = SimpleNamespace(recipe=recipe, choice=choose(recipe), baselines={})
+    given: Any = SimpleNamespace(
+        recipe=recipe, choice=choose(recipe), baselines={}, constraints=constraints_of(recipe), trust={}
+    )
     found = advantages(given, rewards((1.0, 0), (2.0, 0), (3.0, 0)), lengths=(1, 2, 3), spent=0.5)
     assert found.tolist() == [pytest.approx([0.9, 1.8, 2.7])]
 
@@ -222,7 +231,9 @@ def test_dapo_takes_reward_off_near_the_limit_and_cut_off_replies_teach_nothing(
     recipe = Recipe.model_validate(
         {"constraint": {"enabled": False}, "update": {"objective": "dapo"}, "sampling": {"max_new_tokens": 10}, "objective": {"scale": "none"}}
     )  # fmt: skip
-    given: Any = SimpleNamespace(recipe=recipe, choice=choose(recipe), baselines={})
+    given: Any = SimpleNamespace(
+        recipe=recipe, choice=choose(recipe), baselines={}, constraints=constraints_of(recipe), trust={}
+    )
     totals = rewards((1.0, 0), (1.0, 0), (2.0, 0))
     found = advantages(given, totals, lengths=(3, 9, 10))
     assert found.tolist() == [pytest.approx([1 / 6, -1 / 3, 1 / 6])]
@@ -244,7 +255,9 @@ def test_a_moving_baseline_is_that_of_earlier_rounds() -> None:
     recipe = Recipe.model_validate(
         {"constraint": {"enabled": False}, "update": {"objective": "reinforce"}, "objective": {"baseline": "moving", "decay": 0.5}}
     )  # fmt: skip
-    given: Any = SimpleNamespace(recipe=recipe, choice=choose(recipe), baselines={})
+    given: Any = SimpleNamespace(
+        recipe=recipe, choice=choose(recipe), baselines={}, constraints=constraints_of(recipe), trust={}
+    )
     assert advantages(given, rewards((1.0, 0), (3.0, 0))).tolist() == [[-1.0, 1.0]]  # its own mean: nothing earlier
     assert given.baselines == {"reward": 2.0}
     assert advantages(given, rewards((5.0, 0), (5.0, 0))).tolist() == [[3.0, 3.0]]

@@ -16,6 +16,7 @@ from typing import Any
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from tutelage.config.constraints import CostConstraint, Tier, check_constraints, check_tiers
 from tutelage.config.controller import Controller
 from tutelage.config.objectives import BASELINES, OBJECTIVES, Objective, ObjectiveName
 from tutelage.config.pairs import PAIR_OBJECTIVES, Pairs
@@ -45,6 +46,7 @@ __all__ = [
     "OBJECTIVES",
     "Constraint",
     "Controller",
+    "CostConstraint",
     "Credit",
     "Demonstrations",
     "Feedback",
@@ -60,6 +62,7 @@ __all__ = [
     "Rewards",
     "Sampling",
     "Supervised",
+    "Tier",
     "Update",
     "builtin_recipes",
     "data_file",
@@ -79,7 +82,9 @@ class Recipe(Section):
     feedback: Feedback = Feedback()
     judges: tuple[Judge, ...] = Field((), description="judges of your own, beside those of [feedback]")
     rewards: Rewards = Rewards()
+    tiers: tuple[Tier, ...] = Field((), description="ranks of rewards, the most important first")
     constraint: Constraint = Constraint()
+    constraints: tuple[CostConstraint, ...] = Field((), description="costs under limits, beside that of [constraint]")
     credit: Credit = Credit()
     lora: Lora = Lora()
     supervised: Supervised = Supervised()
@@ -131,6 +136,10 @@ class Recipe(Section):
         u = self.update
         if u.importance in ("mask", "geometric") and u.importance_low >= u.importance_cap:
             raise ValueError(f"update.importance = {u.importance} needs importance_low below importance_cap")
+        check_constraints(self.constraints, names, tuple(Rewards.model_fields))
+        check_tiers(self.tiers, self.weights)
+        if self.controller.enabled and (self.constraints or self.tiers):
+            raise ValueError("a controller learns from one reward: leave [[constraints]] and [[tiers]] out")
         self._objective_reads_its_options()
         _ = self.critic_of_credit
         return self
@@ -163,6 +172,13 @@ class Recipe(Section):
         if not kind.charges and self.update.kl != Update.model_fields["kl"].default:
             own = "objective.beta" if "beta" in kind.options else "nothing"
             raise ValueError(f"update.kl is not read by update.objective = {name}; {own} holds it to the start")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each term in the reward; a judge of [[judges]] whose value is a cost has none."""
+        costs = {c.judge for c in self.constraints}
+        own = {j.name: 0.0 if j.name in costs else j.weight for j in self.judges}
+        return self.rewards.model_dump() | own
 
     @property
     def critic_of_credit(self) -> str:

@@ -21,9 +21,10 @@ from tutelage.feedback.drift import Anchored
 from tutelage.feedback.model_judge import ComparingJudge
 from tutelage.feedback.panel import Panel
 from tutelage.loop.choice import Choice, choose
+from tutelage.loop.constraining import constraints_of
 from tutelage.loop.evaluate import Completer
 from tutelage.loop.imitating import ImitationJudge
-from tutelage.objectives.constrained import PidMultiplier
+from tutelage.objectives.constrained import Constraints, PidMultiplier
 from tutelage.policy.full import FullWeights
 from tutelage.policy.learner import Learner, Scores, score
 from tutelage.policy.lora import Adapter
@@ -74,6 +75,7 @@ class Workbench:
     baselines: dict[str, float] = dataclasses.field(default_factory=dict)
     version: str = "start"
     multiplier: PidMultiplier = dataclasses.field(init=False)
+    constraints: Constraints = dataclasses.field(init=False)
     completer: LocalCompleter = dataclasses.field(init=False)
     roller: Completer = dataclasses.field(init=False)
     choice: Choice = dataclasses.field(init=False)
@@ -82,6 +84,7 @@ class Workbench:
     def __post_init__(self) -> None:
         c = self.recipe.constraint
         self.multiplier = PidMultiplier(c.limit, c.kp, c.ki, c.kd, c.maximum)
+        self.constraints = constraints_of(self.recipe)
         s = self.recipe.sampling
         self.completer = LocalCompleter(self.lm, rows=s.rows)
         # Only rollouts are drawn in int8 or by a server: what is measured, and what critics see, is the model itself.
@@ -193,6 +196,7 @@ class Workbench:
                 one.save(folder)
             save_file(moments_of(self.learner.optimizer), str(folder / "optimizer.safetensors"))
             state = {"version": version, "multiplier": self.multiplier.state(), "panel": self.panel.state()}
+            state["constraints"] = self.constraints.state()
             state["anchored"] = {name: a.state() for name, a in self.anchored.items()}
             state["trust"] = dict(self.trust)
             state["baselines"] = dict(self.baselines)
@@ -232,6 +236,7 @@ class Workbench:
         except ValueError as error:
             raise StoreError(f"{folder / 'state.json'} is not JSON", expected="a checkpoint of tutelage") from error
         self.multiplier.load(state["multiplier"])
+        self.constraints.load(state.get("constraints", {}))
         self.panel.load(state["panel"])
         self.anchored = {name: Anchored.load(kept) for name, kept in state.get("anchored", {}).items()}
         self.trust = {name: float(factor) for name, factor in state.get("trust", {}).items()}

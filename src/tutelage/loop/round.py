@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tutelage.errors import NothingToLearn
 from tutelage.loop.bench import Workbench
+from tutelage.loop.constraining import hold
 from tutelage.loop.crediting import spread_credit
 from tutelage.loop.imitating import meet
 from tutelage.loop.preferring import prefer
@@ -49,6 +50,7 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
         seen["cost"] = watch(bench, unit)
     if bench.recipe.constraint.enabled:
         bench.multiplier.update(seen["cost"])
+    seen |= hold(bench.constraints, rewards_PG)
     unit.metrics(number, "rollout", seen | {"multiplier": bench.multiplier.value})
     bench.progress.figures(cost=seen["cost"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"])
 

@@ -14,9 +14,9 @@ from tutelage.feedback.drift import Anchored
 from tutelage.feedback.panel import Findings
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.choice import Rewards
+from tutelage.loop.constraining import cost_terms, mixed, tiered
 from tutelage.loop.marking import note_triggers
 from tutelage.objectives.advantages import gae, moving_mean, overlong_penalty, whiten
-from tutelage.objectives.constrained import mix_advantages
 from tutelage.objectives.divergence import importance, kl_k1
 from tutelage.policy.learner import Scores, TrainGroup, padded
 from tutelage.records import Generation, Prompt, Reward, SamplerSettings
@@ -139,13 +139,18 @@ def hold_to_anchors(bench: Workbench, unit: Unit, number: int) -> None:
 
 def reward(bench: Workbench, findings: Findings, replies_PG: Sequence[Sequence[Generation]]) -> list[list[Reward]]:
     """Compose each group's terms into rewards."""
-    own = {j.name: j.weight * bench.trust.get(j.name, 1.0) for j in bench.recipe.judges}
-    weights = bench.recipe.rewards.model_dump() | own
-    essential = (*_ESSENTIAL, *own)
-    return [
-        compose([r.id for r in replies], terms, weights, costs, essential=essential)
-        for replies, terms, costs in zip(replies_PG, findings.terms_PKG, findings.costs_PG, strict=True)
-    ]
+    essential = (*_ESSENTIAL, *(j.name for j in bench.recipe.judges))
+    found = []
+    for replies, terms, costs_G in zip(replies_PG, findings.terms_PKG, findings.costs_PG, strict=True):
+        more_G = cost_terms(bench.recipe, terms, len(replies))
+        costs = [one | more for one, more in zip(costs_G, more_G, strict=True)]
+        found.append(compose([r.id for r in replies], terms, _weights(bench), costs, essential=essential))
+    return found
+
+
+def _weights(bench: Workbench) -> dict[str, float]:
+    """Of each term, less what a judge that has changed has lost."""
+    return {name: weight * bench.trust.get(name, 1.0) for name, weight in bench.recipe.weights.items()}
 
 
 def rescore(
@@ -180,19 +185,27 @@ def advantages(
     """Advantages of the rewards, mixed with those of the constrained cost."""
     choice = bench.choice
     lengths = torch.tensor([[len(r.tokens) for r in group] for group in replies_PG])
-    table = torch.tensor([[math.nan if r.total is None else r.total for r in g] for g in rewards_PG])
+    table = totals = torch.tensor([[math.nan if r.total is None else r.total for r in g] for g in rewards_PG])
     if choice.overlong:
         table = table + overlong_penalty(lengths, limit=bench.recipe.sampling.max_new_tokens, share=choice.overlong)
     if choice.divergence == "reply":
         spent_B = (kl_k1(drawn.logp_BT, scores.logp_BT) * scores.keep_BT).sum(-1)
         table = table - bench.recipe.update.kl * spent_B.view_as(table)
-    mixed = _estimate(bench, "reward", table, lengths)
+
+    def estimate(name: str, table_PG: torch.Tensor) -> torch.Tensor:
+        return _estimate(bench, name, table_PG, lengths)
+
+    if bench.recipe.tiers:
+        earned = tiered(bench.recipe, _weights(bench), rewards_PG, estimate, extra_PG=table - totals)
+    else:
+        earned = estimate("reward", table)
+    held = {}
     if bench.recipe.constraint.enabled:
         costs = torch.tensor([[r.costs["over_abstention"] for r in g] for g in rewards_PG])
-        cost_advantage = _estimate(bench, "cost", torch.where(table.isnan(), math.nan, costs), lengths)
+        cost_advantage = estimate("cost", torch.where(table.isnan(), math.nan, costs))
         # Weighed by how answerable the question is held to be: a constraint on what should be answered.
-        mixed = mix_advantages(mixed, cost_advantage * costs.amax(-1, keepdim=True), bench.multiplier.value)
-    return mixed
+        held["over_abstention"] = (cost_advantage * costs.amax(-1, keepdim=True), bench.multiplier.value)
+    return mixed(earned, bench.constraints, rewards_PG, estimate, held=held)
 
 
 def _estimate(bench: Workbench, name: str, table_PG: torch.Tensor, lengths_PG: torch.Tensor) -> torch.Tensor:

@@ -149,6 +149,14 @@ _SPECS = (
         "weight", (("multiplier", "multiplier"),),
     ),
     _Spec(
+        "rollout", "Costs under limits", "Mean of each cost of [[constraints]], as its limit reads it.",
+        "mean cost", (("cost_*", ""),),
+    ),
+    _Spec(
+        "rollout", "Multipliers of these costs", "Each grows while its cost is above its limit.",
+        "weight", (("multiplier_*", ""),),
+    ),
+    _Spec(
         "rollout", "Abstained verdicts", "Share of verdicts in which a judge gave no opinion.",
         "share of verdicts", (("verdicts_abstained/verdicts", "abstained"),), share=True,
     ),

@@ -1,0 +1,134 @@
+"""Costs under limits, and rewards in tiers: what the update makes of verdicts beyond one weighted sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from tutelage.config import Recipe
+from tutelage.objectives.constrained import Constraints, CostLimit, PidMultiplier, lexicographic
+from tutelage.records import Reward
+
+__all__ = ["constraints_of", "cost_terms", "hold", "mixed", "tiered"]
+
+Estimate = Callable[[str, torch.Tensor], torch.Tensor]
+"""Advantages of a named table of rewards or costs, by the objective's own formula."""
+
+
+def constraints_of(recipe: Recipe) -> Constraints:
+    """The limits of [[constraints]], each with its multiplier at rest."""
+    return Constraints(
+        {
+            c.name: CostLimit(PidMultiplier(c.limit, c.kp, c.ki, c.kd, c.maximum), c.threshold, c.per)
+            for c in recipe.constraints
+        }
+    )
+
+
+def cost_terms(recipe: Recipe, terms_KG: Mapping[str, Sequence[float | None]], count: int) -> list[dict[str, float]]:
+    """Costs of one group's replies: one minus the judge's value; none where the judge abstained."""
+    found: list[dict[str, float]] = [{} for _ in range(count)]
+    for c in recipe.constraints:
+        for costs, value in zip(found, terms_KG.get(c.judge, [None] * count), strict=True):
+            if value is not None:
+                costs[c.name] = 1.0 - value
+    return found
+
+
+def _table(rewards_PG: Sequence[Sequence[Reward]], name: str) -> torch.Tensor:
+    """cost_PG, NaN where a reply has none."""
+    return torch.tensor([[r.costs.get(name, math.nan) for r in group] for group in rewards_PG])
+
+
+def hold(constraints: Constraints, rewards_PG: Sequence[Sequence[Reward]]) -> dict[str, float]:
+    """Take a round's costs in and move the multipliers, once a round.
+
+    Returns:
+        `cost_NAME` and `multiplier_NAME`, and `costless_NAME`, how many replies have no such cost. A cost that nobody
+        measured is left out, and its multiplier stays.
+    """
+    raw = {name: _table(rewards_PG, name) for name in constraints.limits}
+    found: dict[str, float] = {}
+    for name, cost in constraints.update(raw).items():
+        if cost is not None:
+            found[f"cost_{name}"] = cost
+        found[f"multiplier_{name}"] = constraints.multipliers[name]
+        found[f"costless_{name}"] = float(raw[name].isnan().sum())
+    return found
+
+
+def mixed(
+    advantage_PG: torch.Tensor,
+    constraints: Constraints,
+    rewards_PG: Sequence[Sequence[Reward]],
+    estimate: Estimate,
+    *,
+    held: Mapping[str, tuple[torch.Tensor, float]],
+) -> torch.Tensor:
+    """(A - sum_k lambda_k A_k) / (1 + sum_k lambda_k) over the built-in constraint and those of the recipe.
+
+    A cost's advantage is by the objective's formula, times the group's largest cost: normalised within a group of
+    harmless replies, a hair's breadth would weigh as much as harm.
+
+    Args:
+        advantage_PG: Of the rewards.
+        constraints: Limits and multipliers.
+        rewards_PG: With their costs. A reply without a reward or without a cost has no cost advantage.
+        estimate: The objective's.
+        held: Cost advantages and multipliers that are known already, by name.
+    """
+    missing_PG = torch.tensor([[r.total is None for r in group] for group in rewards_PG])
+    total_PG, weight = advantage_PG, 0.0
+    found = dict(held)
+    raw = {name: _table(rewards_PG, name) for name in constraints.limits}
+    for name, cost_PG in constraints.costs(raw).items():
+        found[name] = (
+            estimate(name, torch.where(missing_PG, math.nan, cost_PG)) * raw[name].nan_to_num(0.0).amax(-1, True),
+            constraints.multipliers[name],
+        )
+    for cost_advantage_PG, multiplier in found.values():
+        total_PG, weight = total_PG - multiplier * cost_advantage_PG, weight + multiplier
+    return total_PG / (1.0 + weight)
+
+
+def tiered(
+    recipe: Recipe,
+    weights: Mapping[str, float],
+    rewards_PG: Sequence[Sequence[Reward]],
+    estimate: Estimate,
+    *,
+    extra_PG: torch.Tensor,
+) -> torch.Tensor:
+    """Advantages in tiers: a later tier counts on replies for which every earlier one has reached its target.
+
+    Args:
+        recipe: Its [[tiers]].
+        weights: Of the terms, as they make up the reward.
+        rewards_PG: With normalised terms (which are compared) and raw ones (which are held against the targets).
+        estimate: The objective's.
+        extra_PG: What the objective charges beside the verdicts (length, divergence); it goes with the first tier.
+    """
+    advantages, values = [], []
+    for number, tier in enumerate(recipe.tiers, 1):
+        told = [
+            [(_weighed(r.terms, tier.terms, weights), _weighed(r.raw, tier.terms, weights)) for r in group]
+            for group in rewards_PG
+        ]
+        # A reply whose reward is missing as a whole trains nothing, whatever single terms say.
+        for row, group in zip(told, rewards_PG, strict=True):
+            row[:] = [(math.nan, raw) if r.total is None else (z, raw) for r, (z, raw) in zip(group, row, strict=True)]
+        table = torch.tensor(told)
+        earned_PG = table[..., 0] + extra_PG if number == 1 else table[..., 0]
+        advantages.append(estimate(f"tier {number}", earned_PG))
+        values.append(table[..., 1])
+    asked = recipe.tiers[:-1]
+    return lexicographic(advantages, values, [t.target for t in asked], [t.tolerance for t in asked])
+
+
+def _weighed(values: Mapping[str, float | None], names: Sequence[str], weights: Mapping[str, float]) -> float:
+    """Weighted mean of the terms that are there, NaN where none is."""
+    known = [(weights[name], value) for name in names if (value := values.get(name)) is not None]
+    mass = math.fsum(w for w, _ in known)
+    return math.fsum(w * v for w, v in known) / mass if mass else math.nan
