@@ -107,6 +107,14 @@ def dump(path: Path) -> list[str]:
     return found
 
 
+def test_a_unit_is_kept_under_the_stage_that_it_ends_in(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    with ledger.unit("round-1", "grpo") as unit:
+        unit.stage = "stopped"
+    assert [u["stage"] for u in ledger.units()] == ["stopped"]
+    ledger.close()
+
+
 def test_every_record_comes_back(ledger: Ledger) -> None:
     (unit,) = ledger.units()
     assert (unit["name"], unit["stage"], unit["version"], unit["seconds"]) == ("round-1", "round", "r1", 1.5)

@@ -201,7 +201,7 @@ class Ledger:
                     self._db.executemany(f"INSERT INTO {table} VALUES ({holes})", rows)
                 self._db.execute(
                     "INSERT INTO units (name, stage, version, seconds, state) VALUES (?,?,?,?,?)",
-                    (name, stage, unit.version, unit.seconds, _json(unit.state)),
+                    (name, unit.stage, unit.version, unit.seconds, _json(unit.state)),
                 )
         except sqlite3.Error as error:
             raise StoreError(
