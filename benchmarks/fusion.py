@@ -138,6 +138,11 @@ def measured(names: Sequence[str], score_NJ: np.ndarray, safe_N: np.ndarray, lab
     }
 
 
+def shown(triple: Sequence[float]) -> str:
+    """Value and interval."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*triple)
+
+
 def main() -> None:
     """Read, teach, fuse, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,7 +170,7 @@ def main() -> None:
     print("| judge | AUROC | fusion minus it |\n|---|---|---|")
     for name, area in found["auroc"].items():  # type: ignore[attr-defined]
         by = found["beats"].get(name)  # type: ignore[attr-defined]
-        print(f"| {name} | {judges.shown(area)} | {judges.shown(by) if by else '-'} |")
+        print(f"| {name} | {shown(area)} | {shown(by) if by else '-'} |")
 
 
 if __name__ == "__main__":
