@@ -136,6 +136,10 @@ def test_tiers_by_hand() -> None:
     [
         ({"constraints": [{"name": "dirt", "judge": "cleen"}]}, "there are clean, short, fit"),
         ({"constraints": [TWO[0], TWO[0] | {"judge": "short"}]}, "the same name"),
+        (
+            {"constraints": [TWO[0] | {"judge": "principles"}], "feedback": {"judges": ["text", "critic"]}},
+            "there are clean, short, fit, text",
+        ),
         ({"constraints": [{"name": "over_abstention", "judge": "clean"}]}, "that of \\[constraint\\]"),
         ({"constraints": [{"name": "dirt", "judge": "clean", "threshold": 0.2}]}, "per = prompt only"),
         ({"constraints": [{"name": "dirt", "judge": "clean", "limit": 0.0}]}, "greater than 0"),

@@ -16,7 +16,7 @@ from typing import Any
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from tutelage.config.constraints import CostConstraint, Tier, check_constraints, check_tiers
+from tutelage.config.constraints import TERMS_OF, CostConstraint, Tier, check_constraints, check_tiers
 from tutelage.config.controller import Controller
 from tutelage.config.objectives import BASELINES, OBJECTIVES, Objective, ObjectiveName
 from tutelage.config.pairs import PAIR_OBJECTIVES, Pairs
@@ -136,7 +136,7 @@ class Recipe(Section):
         u = self.update
         if u.importance in ("mask", "geometric") and u.importance_low >= u.importance_cap:
             raise ValueError(f"update.importance = {u.importance} needs importance_low below importance_cap")
-        check_constraints(self.constraints, names, tuple(Rewards.model_fields))
+        check_constraints(self.constraints, names, [t for t, by in TERMS_OF.items() if by in self.feedback.judges])
         check_tiers(self.tiers, self.weights)
         if self.controller.enabled and (self.constraints or self.tiers):
             raise ValueError("a controller learns from one reward: leave [[constraints]] and [[tiers]] out")

@@ -9,7 +9,12 @@ from pydantic import Field, model_validator
 
 from tutelage.config.section import Fraction, Positive, Section
 
-__all__ = ["CostConstraint", "Tier", "check_constraints", "check_tiers"]
+__all__ = ["TERMS_OF", "CostConstraint", "Tier", "check_constraints", "check_tiers"]
+
+# Which judge of [feedback] gives which term of [rewards].
+TERMS_OF: Mapping[str, str] = {
+    "fit": "critic", "principles": "constitution", "consistency": "consistency", "text": "text",
+}  # fmt: skip
 
 
 class CostConstraint(Section):
@@ -46,8 +51,13 @@ class Tier(Section):
     tolerance: Fraction = Field(0.0, description="how far below it may stay")
 
 
-def check_constraints(constraints: Sequence[CostConstraint], judges: Sequence[str], terms: Sequence[str]) -> set[str]:
-    """Refuse constraints that nothing measures; returns the judges whose values are costs and no rewards.
+def check_constraints(constraints: Sequence[CostConstraint], judges: Sequence[str], terms: Sequence[str]) -> None:
+    """Refuse constraints that nothing measures.
+
+    Args:
+        constraints: Of the recipe.
+        judges: Names of [[judges]].
+        terms: Of [rewards], those whose judge is in [feedback].
 
     Raises:
         ValueError: A name comes twice, or a judge does not exist.
@@ -59,7 +69,6 @@ def check_constraints(constraints: Sequence[CostConstraint], judges: Sequence[st
         if c.judge not in (*judges, *terms):
             known = ", ".join((*judges, *terms))
             raise ValueError(f"constraints.judge is '{c.judge}' in '{c.name}': there are {known}")
-    return {c.judge for c in constraints} & set(judges)
 
 
 def check_tiers(tiers: Sequence[Tier], weights: Mapping[str, float]) -> None:
