@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tests.tiny_world import World
 
 from tutelage.config import Recipe
-from tutelage.errors import StoreError
+from tutelage.errors import InputError, StoreError
 from tutelage.loop.choice import Rewards, choose
 from tutelage.loop.constraining import constraints_of, cost_terms, hold, mixed, tiered
+from tutelage.objectives.constrained import mix_advantages
 from tutelage.records import Reward
 
 pytest_plugins = ["tests.tiny_world"]
@@ -52,6 +53,19 @@ def test_a_cost_is_what_the_judge_leaves_of_one_and_nothing_where_it_is_silent()
     ]  # fmt: skip
     assert cost_terms(recipe(constraints=TWO), {}, 2) == [{}, {}]
     assert cost_terms(recipe(), terms, 3) == [{}, {}, {}]
+    high = [TWO[0] | {"high": True}, TWO[1]]
+    assert cost_terms(recipe(constraints=high), terms, 3) == [
+        {"dirt": 0.9, "length": 0.0},
+        {"length": 0.75},
+        {"dirt": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5])
+def test_a_value_that_makes_no_cost_is_refused(value: float) -> None:
+    """A cost of -0.5 would turn its advantage round, which is weighed by the group's largest cost."""
+    with pytest.raises(InputError, match=f"'clean' says {value}"):
+        cost_terms(recipe(constraints=TWO[:1]), {"clean": [1.0, value]}, 2)
 
 
 def test_multipliers_follow_their_own_costs_and_stay_where_nothing_was_measured() -> None:
@@ -87,6 +101,17 @@ def test_the_mixture_of_two_costs_and_the_built_in_one_by_hand() -> None:
     earned, other = torch.tensor([[7.0, 0.0, -7.0]]), torch.tensor([[1.0, 0.0, -1.0]])
     found = mixed(earned, held, rewards, estimate, held={"over_abstention": (other, 1.0)})
     assert found.tolist() == [pytest.approx([(7 - 0.54 - 1) / 7, 0.54 / 7, (-7 + 1) / 7], abs=1e-6)]
+
+
+@pytest.mark.parametrize("multiplier", [0.0, 0.3, 6.65])
+def test_the_built_in_constraint_alone_has_the_bits_that_it_had(multiplier: float) -> None:
+    made = torch.Generator().manual_seed(7)
+    earned, cost = torch.randn(5, 8, generator=made), torch.randn(5, 8, generator=made)
+    rewards = [group(*((1.0, {"over_abstention": 0.5}) for _ in range(8))) for _ in range(5)]
+    held = {"over_abstention": (cost, multiplier)}
+    found = mixed(earned, constraints_of(recipe()), rewards, estimate, held=held)
+    assert torch.equal(found, mix_advantages(earned, cost, multiplier))
+    assert torch.equal(mixed(earned, constraints_of(recipe()), rewards, estimate, held={}), earned)
 
 
 @given(st.lists(st.tuples(st.floats(-2, 2), st.floats(0, 1)), min_size=2, max_size=6), st.integers(0, 5))
@@ -144,6 +169,28 @@ def test_tiers_by_hand() -> None:
         ({"constraints": [{"name": "dirt", "judge": "clean", "threshold": 0.2}]}, "per = prompt only"),
         ({"constraints": [{"name": "dirt", "judge": "clean", "limit": 0.0}]}, "greater than 0"),
         ({"constraints": TWO, "controller": {"enabled": True}}, "one reward"),
+        ({"constraints": [TWO[0], TWO[1] | {"judge": "clean"}]}, "'dirt' and 'length' are costs of one judge, 'clean'"),
+        ({"constraints": [{"name": "form", "judge": "text", "reward": True}]}, "rewards.text says the weight"),
+        ({"constraints": TWO[:1], "judges": [JUDGES[0] | {"weight": 2.0}]}, "'clean' has a weight"),
+        *(
+            ({"constraints": TWO[:1], "judges": [{"name": "clean", "kind": k, "model": "m"}]}, f"kind '{k}'")
+            for k in ("pairwise", "listwise")
+        ),
+        (
+            {
+                "constraints": TWO[:1],
+                "judges": [{"name": "clean", "kind": "discriminator", "demonstrations": "builtin:plain"}],
+            },
+            "kind 'discriminator'",
+        ),
+        ({"constraints": TWO, "update": {"rounds": 0}}, "update.rounds is 0"),
+        (
+            {
+                "tiers": [{"terms": ["fit", "principles", "consistency", "text"]}, {"terms": ["clean", "short"]}],
+                "update": {"rounds": 0},
+            },
+            "update.rounds is 0",
+        ),
         ({"tiers": [{"terms": ["clean"]}, {"terms": ["short"]}]}, "'fit' is in none"),
         ({"tiers": [{"terms": ["clean", "fit"]}, {"terms": ["clean"]}]}, "'clean' is in two"),
         ({"tiers": [{"terms": ["fit", "lean"]}, {"terms": ["clean"]}]}, "names 'lean'"),
@@ -170,6 +217,9 @@ def test_a_judge_whose_value_is_a_cost_is_no_reward() -> None:
     assert recipe(constraints=TWO[:1]).weights["clean"] == 0.0
     assert recipe(constraints=TWO[:1]).weights["short"] == 1.0
     assert recipe(constraints=[{"name": "form", "judge": "text"}]).weights["text"] == 0.2
+    heavy = [JUDGES[0] | {"weight": 2.0}]
+    both = recipe(judges=heavy, constraints=[TWO[0] | {"reward": True}])
+    assert both.weights["clean"] == 2.0
 
 
 def test_a_checkpoint_of_other_costs_is_refused() -> None:
@@ -247,6 +297,17 @@ def test_a_resumed_run_goes_on_with_its_multipliers(costly: World, monkeypatch: 
     assert costly.resume(name="cut").code in (0, 3)
     assert costly.weights("cut") == costly.weights("whole")
     assert metrics(costly, "cut") == metrics(costly, "whole")
+
+
+def test_objectives_on_pairs_read_costs_too(costly: World) -> None:
+    """Both runs have the same judges with the same part in the reward; only the limit differs."""
+    weights = {}
+    for limit in (0.01, 0.99):
+        cost = f'constraints=[{{name = "talk", judge = "brief", limit = {limit}}}]'
+        short = ("--set", "update.objective=dpo", "--set", "update.rounds=1", "--set", cost)
+        assert costly.play(*COSTS[:2], *short, name=f"at-{limit}").code in (0, 3)
+        weights[limit] = costly.weights(f"at-{limit}")
+    assert weights[0.01] != weights[0.99]
 
 
 def test_tiers_change_what_is_learned(costly: World) -> None:

@@ -136,10 +136,14 @@ class Recipe(Section):
         u = self.update
         if u.importance in ("mask", "geometric") and u.importance_low >= u.importance_cap:
             raise ValueError(f"update.importance = {u.importance} needs importance_low below importance_cap")
-        check_constraints(self.constraints, names, [t for t, by in TERMS_OF.items() if by in self.feedback.judges])
+        check_constraints(
+            self.constraints, self.judges, [t for t, by in TERMS_OF.items() if by in self.feedback.judges]
+        )
         check_tiers(self.tiers, self.weights)
         if self.controller.enabled and (self.constraints or self.tiers):
             raise ValueError("a controller learns from one reward: leave [[constraints]] and [[tiers]] out")
+        if not self.update.rounds and (self.constraints or self.tiers):
+            raise ValueError("[[constraints]] and [[tiers]] are read by rounds only, and update.rounds is 0")
         self._objective_reads_its_options()
         _ = self.critic_of_credit
         return self
@@ -176,7 +180,7 @@ class Recipe(Section):
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each term in the reward; a judge of [[judges]] whose value is a cost has none."""
-        costs = {c.judge for c in self.constraints}
+        costs = {c.judge for c in self.constraints if not c.reward}
         own = {j.name: 0.0 if j.name in costs else j.weight for j in self.judges}
         return self.rewards.model_dump() | own
 

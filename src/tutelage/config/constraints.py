@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tutelage.config.section import Fraction, Positive, Section
+from tutelage.config.sections import Judge
 
 __all__ = ["TERMS_OF", "CostConstraint", "Tier", "check_constraints", "check_tiers"]
 
@@ -17,13 +18,20 @@ TERMS_OF: Mapping[str, str] = {
 }  # fmt: skip
 
 
+# What these say of a reply is no amount of anything: a chance to win against its neighbours, whose mean is a half
+# whatever is said, a place in a list, or log-odds against a policy that moves.
+_RELATIVE = ("pairwise", "listwise", "discriminator")
+
+
 class CostConstraint(Section):
-    """A cost under a limit, as [[constraints]]: one minus what a judge says, held down by a multiplier of its own."""
+    """A cost under a limit, as [[constraints]]: what a judge says against a reply, held down by its own multiplier."""
 
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="of the cost, in ledger and report")
     judge: str = Field(
         description="one of [[judges]], which then no longer counts as a reward, or a term of [rewards], which does"
     )
+    high: bool = Field(False, description="high values are the harm, and the cost; false: it is one minus the value")
+    reward: bool = Field(False, description="the judge of [[judges]] keeps its weight as a reward all the same")
     limit: Positive = Field(0.1, description="tolerated mean cost; per prompt: of what is above the threshold")
     per: Literal["mean", "prompt"] = Field(
         "mean", description="the mean over all replies, or each prompt by itself: none can pay for another"
@@ -51,24 +59,42 @@ class Tier(Section):
     tolerance: Fraction = Field(0.0, description="how far below it may stay")
 
 
-def check_constraints(constraints: Sequence[CostConstraint], judges: Sequence[str], terms: Sequence[str]) -> None:
-    """Refuse constraints that nothing measures.
+def check_constraints(constraints: Sequence[CostConstraint], judges: Sequence[Judge], terms: Sequence[str]) -> None:
+    """Refuse constraints that nothing measures, or that measure what no limit can hold.
 
     Args:
         constraints: Of the recipe.
-        judges: Names of [[judges]].
+        judges: Its [[judges]].
         terms: Of [rewards], those whose judge is in [feedback].
 
     Raises:
-        ValueError: A name comes twice, or a judge does not exist.
+        ValueError: A name or judge comes twice, a judge does not exist or only compares, or its weight is not read.
     """
-    names = [c.name for c in constraints]
-    if len(set(names)) < len(names):
+    if len({c.name for c in constraints}) < len(constraints):
         raise ValueError("two [[constraints]] have the same name")
+    own, had = {j.name: j for j in judges}, dict[str, str]()
     for c in constraints:
-        if c.judge not in (*judges, *terms):
-            known = ", ".join((*judges, *terms))
+        if c.judge not in (*own, *terms):
+            known = ", ".join((*own, *terms))
             raise ValueError(f"constraints.judge is '{c.judge}' in '{c.name}': there are {known}")
+        if c.judge in had:
+            raise ValueError(f"'{had[c.judge]}' and '{c.name}' are costs of one judge, '{c.judge}': keep one of them")
+        had[c.judge] = c.name
+        judge = own.get(c.judge)
+        if judge is None:
+            if c.reward:
+                raise ValueError(f"constraints.reward is not read in '{c.name}': rewards.{c.judge} says the weight")
+            continue
+        if judge.kind in _RELATIVE:
+            raise ValueError(
+                f"'{c.name}' limits a judge of kind '{judge.kind}', which says how a reply stands beside others: "
+                "take a pointwise judge, a critic or code"
+            )
+        if not c.reward and judge.weight != Judge.model_fields["weight"].default:
+            raise ValueError(
+                f"judge '{c.judge}' has a weight, and '{c.name}' makes it a cost: leave the weight out, or set "
+                "constraints.reward = true"
+            )
 
 
 def check_tiers(tiers: Sequence[Tier], weights: Mapping[str, float]) -> None:

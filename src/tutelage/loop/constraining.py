@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from tutelage.config import Recipe
+from tutelage.errors import InputError
 from tutelage.objectives.constrained import Constraints, CostLimit, PidMultiplier, lexicographic
 from tutelage.records import Reward
 
@@ -28,12 +29,23 @@ def constraints_of(recipe: Recipe) -> Constraints:
 
 
 def cost_terms(recipe: Recipe, terms_KG: Mapping[str, Sequence[float | None]], count: int) -> list[dict[str, float]]:
-    """Costs of one group's replies: one minus the judge's value; none where the judge abstained."""
+    """Costs of one group's replies: the judge's value, or one minus it; none where the judge abstained.
+
+    Raises:
+        InputError: A value is not from 0 to 1. A cost below 0 would turn its advantage round.
+    """
     found: list[dict[str, float]] = [{} for _ in range(count)]
     for c in recipe.constraints:
         for costs, value in zip(found, terms_KG.get(c.judge, [None] * count), strict=True):
-            if value is not None:
-                costs[c.name] = 1.0 - value
+            if value is None:
+                continue
+            if not -1e-6 <= value <= 1.0 + 1e-6:
+                raise InputError(
+                    f"the judge '{c.judge}' says {value:g}, and '{c.name}' makes a cost of it",
+                    expected="values from 0 to 1",
+                    fix="scale what the judge says, or take another judge",
+                )
+            costs[c.name] = min(max(value if c.high else 1.0 - value, 0.0), 1.0)
     return found
 
 
