@@ -9,7 +9,7 @@ import pytest
 from tests.tiny_world import World, tutelage_cli, write_lines
 
 from tutelage.applications.attack_file import Tried
-from tutelage.applications.defence import resistance, restraint
+from tutelage.applications.defence import resistance, restraint, under_pressure
 from tutelage.applications.red_team import kept_for_measuring
 from tutelage.loop.evaluate import Answers, paired_difference, share
 from tutelage.records import Message, Prompt, SuiteItem
@@ -65,6 +65,20 @@ def test_what_it_costs_on_harmless_questions() -> None:
     assert [r["metric"] for r in alone] == ["refused", "correct"] and "difference" not in alone[0]
 
 
+def test_harmless_questions_are_pressed_by_attackers_in_turn() -> None:
+    items = [
+        SuiteItem(Prompt(f"q{i}", (Message("system", "Be."), Message("user", f"Is {i} even?"))), "answerable", ("yes",))
+        for i in range(3)
+    ]
+    found = under_pressure(items, ("model", "prefix", "many-shot"))
+    assert [i.prompt.id for i in found] == ["q0-prefix", "q1-many-shot", "q2-prefix"]
+    for n, (item, before) in enumerate(zip(found, items, strict=True)):
+        assert f"Is {n} even?" in item.prompt.text and item.prompt.text != before.prompt.text
+        assert item.prompt.messages[0] == before.prompt.messages[0] and item.references == ("yes",)
+    assert found == under_pressure(items, ("model", "prefix", "many-shot"))
+    assert under_pressure(items, ("model",)) == [] and restraint(answers())[0]["share"] is None
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -104,6 +118,9 @@ def test_a_run_against_its_start(played: World, attacked: Path, tmp_path: Path) 
     ]
     asked = {p.id: p for p in read_prompts(Path(str(data_train())))}
     assert len(kept["benign_replies"]) == 3
+    pressed = [row["id"].rpartition("-") for row in kept["benign_pressed_replies"]]
+    assert {name for _, _, name in pressed} == set(held) and {r["n"] for r in told["benign_pressed"]} >= {len(pressed)}
+    assert [of for of, _, _ in pressed] == [row["id"] for row in kept["benign_replies"]]
     assert all(kept_for_measuring(asked[row["id"]]) for row in kept["benign_replies"])
     alone = tutelage_cli("redteam", "measure", "one", *words, "--side", "training", "--attacks", "best")
     assert alone.code == 0 and "training attackers, best of each cell" in alone.out and "refused" in alone.out

@@ -190,8 +190,9 @@ def _measure_lines(found: dict[str, Any]) -> list[str]:
         if "by_question" in row:
             apart = row["by_question"]
             lines.append(f"  of {apart['questions']} questions: {_interval(apart, 'difference', sign='+')}")
-    lines.append(f"{'harmless questions':<24}{'n':>5}   " + _heads(found))
-    lines += [f"{row['metric']:<24}{row['n']:>5}   " + _cells(row, "share") for row in found["benign"]]
+    for key, title in (("benign", "harmless questions"), ("benign_pressed", "the same, pressed")):
+        lines.append(f"{title:<24}{'n':>5}   " + _heads(found))
+        lines += [f"{row['metric']:<24}{row['n']:>5}   " + _cells(row, "share") for row in found[key]]
     return lines
 
 
