@@ -50,7 +50,9 @@ class Tier(Section):
     """Rewards of one rank, as [[tiers]], the most important first."""
 
     terms: tuple[str, ...] = Field(min_length=1, description="terms of [rewards] and judges of [[judges]]")
-    target: Fraction = Field(0.0, description="what their weighted mean must reach before later tiers count")
+    target: Fraction | None = Field(
+        None, description="what their weighted mean must reach before later tiers count; not set: the best of the group"
+    )
     tolerance: Fraction = Field(0.0, description="how far below it may stay")
 
 
