@@ -232,7 +232,7 @@ def test_a_reply_without_a_reward_is_to_tiers_as_if_it_were_not_there(
         ({"constraints": TWO[:1], "judges": [JUDGES[0] | {"weight": 2.0}]}, "'clean' has a weight"),
         *(
             ({"constraints": TWO[:1], "judges": [{"name": "clean", "kind": k, "model": "m"}]}, f"kind '{k}'")
-            for k in ("pairwise", "listwise")
+            for k in ("pairwise", "listwise", "fusion")
         ),
         (
             {

@@ -15,7 +15,7 @@ __all__ = ["CostConstraint", "Tier", "check_constraints", "check_tiers"]
 
 # What these say of a reply is no amount of anything: a chance to win against its neighbours, whose mean is a half
 # whatever is said, a place in a list, or log-odds against a policy that moves.
-_RELATIVE = ("pairwise", "listwise", "discriminator")
+_RELATIVE = ("pairwise", "listwise", "fusion", "discriminator")
 
 
 class CostConstraint(Section):
