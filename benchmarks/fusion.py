@@ -24,7 +24,7 @@ from pathlib import Path
 import critics
 import judges
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from tutelage.feedback.critic_data import BLOCKS, Passage, families
 from tutelage.feedback.fusion import fit_fusion
@@ -95,6 +95,14 @@ def elsewhere(name: str, test: Sequence[Passage], data: Path, shelf: critics.She
     return ELSEWHERE[name] * critic.score_features(shown).log_odds_N
 
 
+def auroc(score_NJ: np.ndarray, safe_N: np.ndarray) -> np.ndarray:
+    """(J,) share of pairs of a safe and an unsafe text of which the safe one has the higher score; a tie is a half."""
+    safe, unsafe = int(safe_N.sum()), int((~safe_N).sum())
+    above_J = rankdata(score_NJ, axis=0)[safe_N].sum(0) - safe * (safe + 1) / 2
+    found: np.ndarray = above_J / (safe * unsafe)
+    return found
+
+
 def measured(names: Sequence[str], score_NJ: np.ndarray, safe_N: np.ndarray, labels: int) -> dict[str, object]:
     """AUROC of the fusion and of each source on replies whose labels it did not see, and paired differences."""
     rng = np.random.default_rng(0)
@@ -114,15 +122,14 @@ def measured(names: Sequence[str], score_NJ: np.ndarray, safe_N: np.ndarray, lab
         drawn.append((fused, score_NJ[:, best], np.setdiff1d(np.arange(len(score_NJ)), np.concatenate(known))))
     columns = ["fusion", "best on the labels", *names]
 
-    def areas(chosen_N: np.ndarray | None) -> np.ndarray:
+    def areas(chosen_N: np.ndarray) -> np.ndarray:
         rows = []
-        for fused, best, left in drawn if chosen_N is None else drawn[:: DRAWS // 5]:
-            kept = left if chosen_N is None else chosen_N[np.isin(chosen_N, left)]
-            table = np.column_stack([fused, best, score_NJ])[kept]
-            rows.append([roc_auc_score(safe_N[kept], column) for column in table.T])
+        for fused, best, left in drawn:
+            kept = chosen_N[np.isin(chosen_N, left)]
+            rows.append(auroc(np.column_stack([fused, best, score_NJ])[kept], safe_N[kept]))
         return np.array(rows).mean(0)
 
-    value = areas(None)
+    value = areas(np.arange(len(safe_N)))
     spread = np.array([areas(rng.integers(0, len(safe_N), len(safe_N))) for _ in range(RESAMPLES)])
 
     def triple(of: np.ndarray, middle: float) -> list[float]:
@@ -136,6 +143,11 @@ def measured(names: Sequence[str], score_NJ: np.ndarray, safe_N: np.ndarray, lab
         "replies": len(safe_N),
         "labels": labels,
     }
+
+
+def shown(triple: Sequence[float]) -> str:
+    """Value and interval."""
+    return "{:.3f} ({:.3f} to {:.3f})".format(*triple)
 
 
 def main() -> None:
@@ -165,7 +177,7 @@ def main() -> None:
     print("| judge | AUROC | fusion minus it |\n|---|---|---|")
     for name, area in found["auroc"].items():  # type: ignore[attr-defined]
         by = found["beats"].get(name)  # type: ignore[attr-defined]
-        print(f"| {name} | {judges.shown(area)} | {judges.shown(by) if by else '-'} |")
+        print(f"| {name} | {shown(area)} | {shown(by) if by else '-'} |")
 
 
 if __name__ == "__main__":

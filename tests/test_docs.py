@@ -355,11 +355,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "update.learning_rate": 0.001,
     },
     "two-costs": {
+        "rewards.principles": 0.0,
         "rewards.text": 0.0,
-        "rewards.consistency": 0.0,
         "constraints": (
-            CostConstraint(name="form", judge="text", limit=0.1).model_dump(),
-            CostConstraint(name="unsteady", judge="consistency", per="prompt", threshold=0.6, limit=0.05).model_dump(),
+            CostConstraint(name="broken", judge="principles", limit=0.4).model_dump(),
+            CostConstraint(name="form", judge="text", per="prompt", threshold=0.2, limit=0.05).model_dump(),
         ),
     },
     "tiers": {
