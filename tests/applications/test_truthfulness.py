@@ -324,7 +324,7 @@ def test_the_weight_of_consistency_changes_the_reward() -> None:
     found = Findings([], terms, [[{}, {}, {}]], [], [], [])
     totals = []
     for weight in (0.2, 5.0):
-        bench: Any = SimpleNamespace(recipe=Recipe.model_validate({"rewards": {"consistency": weight}}))
+        bench: Any = SimpleNamespace(recipe=Recipe.model_validate({"rewards": {"consistency": weight}}), trust={})
         totals.append([r.total for r in reward(bench, found, replies)[0]])
     # fit has the scores -1, 0, 1 and consistency 1, -1, 0
     assert totals[0] == pytest.approx([(-1 + 0.2) / 1.2, -0.2 / 1.2, 1 / 1.2])

@@ -17,6 +17,7 @@ from tutelage.config.objectives import Objective as Options
 from tutelage.config.objectives import ObjectiveName
 from tutelage.loop.bench import Silent
 from tutelage.loop.choice import TABLE, choose
+from tutelage.loop.constraining import constraints_of
 from tutelage.loop.preferring import prefer
 from tutelage.loop.stages import advantages, rescore, teaching, update
 from tutelage.loop.unlearning import unlearn
@@ -128,7 +129,7 @@ def stage(load_tiny: Callable[[str], Any]) -> Callable[[Recipe], dict[str, torch
 
         bench: Any = SimpleNamespace(
             recipe=recipe, choice=choice, values=values, baselines={}, learner=learner, progress=Silent(),
-            encode=lambda prompt: prompt, scores=scores, lm=lm, adapter=adapter,
+            encode=lambda prompt: prompt, scores=scores, lm=lm, adapter=adapter, constraints=constraints_of(recipe),
         )  # fmt: skip
         unit: Any = SimpleNamespace(metrics=lambda *_: None, note=lambda *_: None, credit=lambda *_: None)
         first = scores(prompts, [[SimpleNamespace(tokens=t) for t in g] for g in REPLIES])

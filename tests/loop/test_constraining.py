@@ -156,6 +156,68 @@ def test_tiers_by_hand() -> None:
     assert (moved - found).tolist() == [pytest.approx([-1.0, 1.0, 0.0])], "charges go with the first tier"
 
 
+BEST = {"fit": 0, "principles": 0, "consistency": 0, "text": 0.2}
+
+
+def told(total: float | None, clean: float | None, short: float | None, text: float | None = None) -> Reward:
+    """A reply whose normalised and raw values are the same, to keep the sums small."""
+    terms = {"clean": clean, "short": short, "text": text}
+    return Reward("g", total, terms, terms, {})
+
+
+def test_without_a_target_later_tiers_compare_the_best_of_the_group_only() -> None:
+    """Clean 0.9, 0.85, 0.5 with tolerance 0.1: the first two count as equal, so `short` parts them alone.
+
+    RLOO: clean 0.9 - 0.675, 0.85 - 0.7, 0.5 - 0.875; short of the two 0.2 - 0.6, 0.6 - 0.2. The third's short of 1 is
+    heard nowhere.
+    """
+    how = recipe(tiers=[{"terms": ["clean"], "tolerance": 0.1}, {"terms": ["short", "text"]}], rewards=BEST)
+    rewards = [[told(0.0, 0.9, 0.2), told(0.0, 0.85, 0.6), told(0.0, 0.5, 1.0)]]
+    found = tiered(how, how.weights, rewards, estimate, extra_PG=torch.zeros(1, 3))
+    assert found.tolist() == [pytest.approx([0.225 - 0.4, 0.15 + 0.4, -0.375], abs=1e-6)]
+
+
+def test_one_best_reply_has_no_one_to_be_compared_with() -> None:
+    how = recipe(tiers=[{"terms": ["clean"], "tolerance": 0.1}, {"terms": ["short", "text"]}], rewards=BEST)
+    rewards = [[told(0.0, 0.9, 0.2), told(0.0, 0.7, 0.6), told(0.0, None, 0.9)]]
+    found = tiered(how, how.weights, rewards, estimate, extra_PG=torch.zeros(1, 3))
+    assert found.tolist() == [pytest.approx([0.2, -0.2, 0.0], abs=1e-6)]
+
+
+def test_a_third_tier_compares_the_best_of_those_that_are_left() -> None:
+    """Clean leaves the first three; of them the second and third are best in short; text parts these two.
+
+    The last is best in short and text, and would raise the bar were it still heard.
+    """
+    how = recipe(tiers=[{"terms": ["clean"]}, {"terms": ["short"]}, {"terms": ["text"]}], rewards=BEST)
+    rewards = [[told(0.0, 1.0, 0.0, 1.0), told(0.0, 1.0, 0.5, 0.0), told(0.0, 1.0, 0.5, 0.6), told(0.0, 0.0, 1.0, 1.0)]]
+    found = tiered(how, how.weights, rewards, estimate, extra_PG=torch.zeros(1, 4))
+    first, third = [1 / 3, 1 / 3, 1 / 3, -1.0], [0.0, -0.6, 0.6, 0.0]
+    second = [-0.5, 0.25, 0.25, 0.0]
+    assert found.tolist() == [
+        pytest.approx([a + b + c for a, b, c in zip(first, second, third, strict=True)], abs=1e-6)
+    ]
+
+
+VERDICT = st.none() | st.sampled_from([0.0, 0.3, 0.35, 0.6, 1.0])
+
+
+@given(st.lists(st.tuples(VERDICT, VERDICT), min_size=1, max_size=5), st.booleans())
+def test_a_reply_without_a_reward_is_to_tiers_as_if_it_were_not_there(
+    rows: list[tuple[float | None, float | None]], aimed: bool
+) -> None:
+    """Even where single terms of it are known, and better than all the others."""
+    first = {"terms": ["clean"], "tolerance": 0.1} | ({"target": 0.5} if aimed else {})
+    how = recipe(tiers=[first, {"terms": ["short", "text"]}], rewards=BEST)
+    there = [told(0.0, clean, short) for clean, short in rows]
+    lone = tiered(how, how.weights, [there], estimate, extra_PG=torch.zeros(1, len(rows)))
+    more = [[told(None, 1.0, 1.0), *there]]
+    found = tiered(how, how.weights, more, estimate, extra_PG=torch.zeros(1, len(rows) + 1))
+    assert found[0, 0] == 0.0
+    assert torch.allclose(found[:, 1:], lone, atol=1e-6)
+    assert not found.isnan().any()
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -174,7 +236,7 @@ def test_tiers_by_hand() -> None:
         ({"constraints": TWO[:1], "judges": [JUDGES[0] | {"weight": 2.0}]}, "'clean' has a weight"),
         *(
             ({"constraints": TWO[:1], "judges": [{"name": "clean", "kind": k, "model": "m"}]}, f"kind '{k}'")
-            for k in ("pairwise", "listwise")
+            for k in ("pairwise", "listwise", "fusion")
         ),
         (
             {

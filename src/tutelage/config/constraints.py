@@ -20,7 +20,7 @@ TERMS_OF: Mapping[str, str] = {
 
 # What these say of a reply is no amount of anything: a chance to win against its neighbours, whose mean is a half
 # whatever is said, a place in a list, or log-odds against a policy that moves.
-_RELATIVE = ("pairwise", "listwise", "discriminator")
+_RELATIVE = ("pairwise", "listwise", "fusion", "discriminator")
 
 
 class CostConstraint(Section):
@@ -55,7 +55,9 @@ class Tier(Section):
     """Rewards of one rank, as [[tiers]], the most important first."""
 
     terms: tuple[str, ...] = Field(min_length=1, description="terms of [rewards] and judges of [[judges]]")
-    target: Fraction = Field(0.0, description="what their weighted mean must reach before later tiers count")
+    target: Fraction | None = Field(
+        None, description="what their weighted mean must reach before later tiers count; not set: the best of the group"
+    )
     tolerance: Fraction = Field(0.0, description="how far below it may stay")
 
 

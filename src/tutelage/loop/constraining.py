@@ -115,6 +115,9 @@ def tiered(
 ) -> torch.Tensor:
     """Advantages in tiers: a later tier counts on replies for which every earlier one has reached its target.
 
+    Where a tier sets no target, later ones compare with each other only the replies that reach the best of their group
+    in it, up to its tolerance, among those that hold in the tiers before.
+
     Args:
         recipe: Its [[tiers]].
         weights: Of the terms, as they make up the reward.
@@ -122,21 +125,28 @@ def tiered(
         estimate: The objective's.
         extra_PG: What the objective charges beside the verdicts (length, divergence); it goes with the first tier.
     """
-    advantages, values = [], []
+    advantages, values, targets = [], [], []
+    # A reply whose reward is missing as a whole trains nothing, whatever single terms say.
+    holds_PG = torch.tensor([[r.total is not None for r in group] for group in rewards_PG])
+    compared_PG = holds_PG
     for number, tier in enumerate(recipe.tiers, 1):
-        told = [
-            [(_weighed(r.terms, tier.terms, weights), _weighed(r.raw, tier.terms, weights)) for r in group]
-            for group in rewards_PG
-        ]
-        # A reply whose reward is missing as a whole trains nothing, whatever single terms say.
-        for row, group in zip(told, rewards_PG, strict=True):
-            row[:] = [(math.nan, raw) if r.total is None else (z, raw) for r, (z, raw) in zip(group, row, strict=True)]
-        table = torch.tensor(told)
-        earned_PG = table[..., 0] + extra_PG if number == 1 else table[..., 0]
-        advantages.append(estimate(f"tier {number}", earned_PG))
-        values.append(table[..., 1])
-    asked = recipe.tiers[:-1]
-    return lexicographic(advantages, values, [t.target for t in asked], [t.tolerance for t in asked])
+        earned_PG, value_PG = (
+            torch.tensor([[_weighed(told, tier.terms, weights) for told in group] for group in table])
+            for table in ([[r.terms for r in g] for g in rewards_PG], [[r.raw for r in g] for g in rewards_PG])
+        )
+        if number == 1:
+            earned_PG = earned_PG + extra_PG
+        advantages.append(estimate(f"tier {number}", torch.where(compared_PG, earned_PG, math.nan)))
+        target = tier.target
+        if target is None:
+            there_PG = holds_PG & ~value_PG.isnan()
+            value_PG, target = value_PG - torch.where(there_PG, value_PG, -math.inf).amax(-1, keepdim=True), 0.0
+        holds_PG = holds_PG & (value_PG >= target - tier.tolerance)
+        if tier.target is None:
+            compared_PG = holds_PG
+        values.append(value_PG)
+        targets.append(target)
+    return lexicographic(advantages, values, targets[:-1], [t.tolerance for t in recipe.tiers[:-1]])
 
 
 def _weighed(values: Mapping[str, float | None], names: Sequence[str], weights: Mapping[str, float]) -> float:
