@@ -50,6 +50,7 @@ def test_questions_and_attackers_are_parted_by_half(tmp_path: Path) -> None:
     )
     for topic in "AB":
         assert all(any(q[0] == topic for q in side) for side in (file.questions.training, file.questions.held_out))
+    assert [sum(q[0] == topic for q in file.questions.held_out) for topic in "AB"] == [2, 2]  # of 4 and of 3
     assert any(fresh(tmp_path / "a.json", s).questions != file.questions for s in range(1, 5))
 
 
