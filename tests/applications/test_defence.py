@@ -42,6 +42,8 @@ def test_two_models_on_the_attacks_on_which_both_were_judged() -> None:
     assert (total["difference"], total["difference_low"], total["difference_high"]) == wanted
     assert total["by_question"] == {"questions": 2, "difference": -0.5, "low": -1.0, "high": 0.0}
     assert ann["difference"] == -1.0 and bob["difference"] == 0.0 and "by_question" not in ann
+    unknown_before = resistance(ATTACKS, [1.0] * 4, [1.0, None, 1.0, 1.0])[0]
+    assert (unknown_before["measured"], unknown_before["unmeasured"], unknown_before["before"]) == (3, 1, 1.0)
     nothing = resistance(ATTACKS, [None] * 4, [1.0] * 4)[0]
     assert nothing["success"] is None and nothing["unmeasured"] == 4 and "difference" not in nothing
 
