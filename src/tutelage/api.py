@@ -19,7 +19,7 @@ from tutelage.engines.weights import EMBEDDED_POLICY
 from tutelage.errors import InputError, JudgeRefused, ModelError, RecipeError
 from tutelage.loop.versions import load_for_use, open_run
 from tutelage.records import Progress
-from tutelage.store.runs import Run, write_atomic
+from tutelage.store.runs import Run, check_folder, write_atomic
 
 if TYPE_CHECKING:
     from tutelage.engines.load import LanguageModel
@@ -161,8 +161,7 @@ def evaluate(
     from tutelage.loop.evaluate import compare
     from tutelage.store.prompts import read_suite
 
-    if out is not None and not Path(out).parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     path = data_file(str(suite), suffix="questions/*.jsonl")
     items = read_suite(path, limit=limit)
     lm = load_for_use(model, runs=runs)

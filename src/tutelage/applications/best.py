@@ -20,7 +20,7 @@ from tutelage.loop.versions import latest
 from tutelage.records import Generation, Progress, Prompt, Reward, SamplerSettings, Verdict
 from tutelage.store.ledger import Unit
 from tutelage.store.prompts import read_prompts
-from tutelage.store.runs import Run, write_atomic
+from tutelage.store.runs import Run, check_folder, write_atomic
 
 __all__ = ["best_of", "expected_best", "kl_bound", "pick", "summary"]
 
@@ -87,8 +87,7 @@ def best_of(
     """
     if n < 1:
         raise InputError(f"n is {n}", expected="1 or more replies a prompt", fix="give --n 8")
-    if not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     asked = read_prompts(data_file(str(prompts), suffix="questions/*.jsonl"), limit=limit)
     opened = Run.open(run_folder, write=False)
     try:

@@ -43,7 +43,7 @@ from tutelage.feedback.roster import open_judge
 from tutelage.records import Engine, Message, PreferencePair, Prompt, content_hash
 from tutelage.store.pairs import read_pairs
 from tutelage.store.prompts import json_rows, read_prompts
-from tutelage.store.runs import write_atomic
+from tutelage.store.runs import check_folder, write_atomic
 
 __all__ = ["check", "diff", "infer", "revise"]
 
@@ -280,8 +280,7 @@ def infer(
     if clusters < 1 or most < 1:
         raise RecipeError(f"clusters is {clusters} and most is {most}", expected="1 or more of each")
     path = Path(out).expanduser()
-    if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(path)
     items = read_pairs(data_file(str(pairs), suffix="judges/*.jsonl"), limit=limit)
     seen, kept_apart = _halves(items, seed)
     engine, words, voting = _engine(model), inverse_words(), load_judge_prompt("builtin:inverse-vote")

@@ -19,7 +19,7 @@ from tutelage.loop.versions import load_for_use
 from tutelage.policy.merging import put_on
 from tutelage.records import Generation, Progress, Prompt, SamplerSettings
 from tutelage.store.prompts import read_suite
-from tutelage.store.runs import write_atomic
+from tutelage.store.runs import check_folder, write_atomic
 
 __all__ = ["Decoding", "decode", "measure", "open_blend"]
 
@@ -117,8 +117,7 @@ def decode(
     Raises:
         TutelageError: A model cannot be read, or `out` not written.
     """
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     base, blend = open_blend(how, runs=runs)
     progress.stage("decode", len(prompts), "replies")
     table = LocalCompleter(base, blend=blend).generate(

@@ -23,7 +23,7 @@ from tutelage.loop.evaluate import Answers, evaluate, known_withheld, paired_dif
 from tutelage.loop.versions import load_for_use, open_run
 from tutelage.records import Message, Progress, Prompt, SamplerSettings, SuiteItem
 from tutelage.store.prompts import read_suite
-from tutelage.store.runs import write_atomic
+from tutelage.store.runs import check_folder, write_atomic
 
 __all__ = ["measure", "resistance", "restraint", "under_pressure"]
 
@@ -122,8 +122,7 @@ def measure(
         JudgeRefused: The judge failed its check, or gave no verdict on any reply.
         TutelageError: A file or model cannot be used, or there is nothing to measure with.
     """
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     if against == "start":
         open_run(target, runs)  # of a model that is no run, it would be the model itself
     found = AttackFile.read(file)

@@ -20,7 +20,7 @@ from tutelage.feedback.model_judge import ComparingJudge
 from tutelage.feedback.roster import judge_of, open_judge
 from tutelage.records import Generation, Message, Progress, Prompt, SamplerSettings, Verdict
 from tutelage.store.pairs import read_pairs
-from tutelage.store.runs import Run, write_atomic
+from tutelage.store.runs import Run, check_folder, write_atomic
 
 if TYPE_CHECKING:
     from tutelage.feedback.asking import Opinion
@@ -90,8 +90,7 @@ def check_judges(
     """
     if not judges:
         raise RecipeError("no judge was named", expected="one or more of --judge SPEC")
-    if out is not None and not Path(out).parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     items = read_pairs(data_file(str(pairs), suffix="judges/*.jsonl"), limit=limit)
     rules = load_constitution(data_file(constitution, suffix="constitutions/*.toml")) if constitution else None
     suite = canaries() if injections else []
@@ -157,8 +156,7 @@ def fuse_judges(
     """
     from tutelage.feedback.fused_judge import fit_panel, fusion_file
 
-    if not Path(out).parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     items = read_pairs(data_file(str(pairs), suffix="judges/*.jsonl"), limit=limit)
     rules = load_constitution(data_file(constitution, suffix="constitutions/*.toml")) if constitution else None
     chosen = [parse_judge(spec) if isinstance(spec, str) else spec for spec in judges]

@@ -40,7 +40,7 @@ from tutelage.objectives.red_team import Attack, attacker_reward, fluency
 from tutelage.policy.learner import score
 from tutelage.records import Generation, Message, Progress, Prompt, SamplerSettings, content_hash
 from tutelage.store.prompts import read_prompts
-from tutelage.store.runs import write_atomic
+from tutelage.store.runs import check_folder, write_atomic
 
 __all__ = ["Rules", "attack", "export_prompts", "fits", "kept_for_measuring"]
 
@@ -128,8 +128,7 @@ def attack(
     rules.check()
     if rounds < 1:
         raise InputError(f"rounds is {rounds}", expected="1 or more")
-    if not file.parent.is_dir():
-        raise InputError(f"{file} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(file)
     brief, words = read_brief(topics, styles), read_words()
     names = list(attackers) or list(ATTACKERS)
     if len(set(names)) < max(len(names), 2) or not set(names) <= set(ATTACKERS):
@@ -344,8 +343,7 @@ def export_prompts(
             expected="training: a defender that has seen the held-out attackers cannot be measured with them",
             fix="give --side training; tutelage redteam measure uses the others",
         )
-    if not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     found = AttackFile.read(file)
     attacks = found.of_side("training", best=best)
     if not attacks:

@@ -28,7 +28,7 @@ from tutelage.objectives.cooperative import bald, plausible
 from tutelage.objectives.values import ValuePosterior
 from tutelage.records import Progress, Prompt, content_hash
 from tutelage.rewards.compose import normalise
-from tutelage.store.runs import Run, write_atomic
+from tutelage.store.runs import Run, check_folder, write_atomic
 
 __all__ = [
     "Asker", "Bank", "ask_judge", "candidates_of_run", "named", "open_one", "read_bank", "show", "write_recipe",
@@ -66,8 +66,7 @@ class Asker:
     ) -> None:
         if questions < 1:
             raise RecipeError(f"{questions} questions", expected="at least 1", fix="leave it out for 30")
-        if not path.parent.is_dir():
-            raise InputError(f"{path} cannot be written", expected="a file in a folder that exists", fix="make it")
+        check_folder(path)
         self.bank, self.path, self.annotator, self.prior = bank, path, annotator, prior
         self.labels = path.with_suffix(".labels.jsonl")
         others = {one.annotator for one in read_labels(self.labels)} - {annotator}
@@ -181,8 +180,7 @@ def candidates_of_run(run_folder: Path, out: Path) -> dict[str, Any]:
     Raises:
         InputError: The run holds no replies of rounds, or `out` is in no folder.
     """
-    if not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     opened = Run.open(run_folder, write=False)
     try:
         prompts, replies_PG = rollouts(opened)
@@ -246,8 +244,7 @@ def write_recipe(path: Path, out: Path, *, recipe: str = "honesty") -> dict[str,
     found, _ = _load(path)
     if not len(found):
         raise InputError(f"{path} holds no answer", expected="at least one", fix="ask: tutelage values ask")
-    if not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written", expected="a file in a folder that exists", fix="make the folder")
+    check_folder(out)
     base = load_recipe(recipe)
     before = base.rewards.model_dump() | {judge.name: judge.weight for judge in base.judges}
     strange = [name for name in found.names if name not in before]

@@ -146,8 +146,12 @@ class LanguageModel:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, without control tokens."""
+        return self.whole_text(tokens).strip()
+
+    def whole_text(self, tokens: Sequence[int]) -> str:
+        """The same with the blanks at its ends."""
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text.strip()
+        return text
 
     def hidden(self, tokens_BT: torch.Tensor, position_BT: torch.Tensor) -> torch.Tensor:
         """Final hidden states, (B, T, D), under the active attention plan."""

@@ -9,7 +9,7 @@ import torch
 
 from tutelage.config import Recipe
 from tutelage.errors import InputError
-from tutelage.objectives.constrained import Constraints, CostLimit, PidMultiplier, lexicographic
+from tutelage.objectives.constrained import Constraints, CostLimit, PidMultiplier, lexicographic, mix_costs
 from tutelage.records import Reward
 
 __all__ = ["constraints_of", "cost_terms", "hold", "mixed", "tiered"]
@@ -49,9 +49,12 @@ def cost_terms(recipe: Recipe, terms_KG: Mapping[str, Sequence[float | None]], c
     return found
 
 
-def _table(rewards_PG: Sequence[Sequence[Reward]], name: str) -> torch.Tensor:
-    """cost_PG, NaN where a reply has none."""
-    return torch.tensor([[r.costs.get(name, math.nan) for r in group] for group in rewards_PG])
+def _tables(constraints: Constraints, rewards_PG: Sequence[Sequence[Reward]]) -> dict[str, torch.Tensor]:
+    """cost_PG by name, NaN where a reply has none."""
+    return {
+        name: torch.tensor([[r.costs.get(name, math.nan) for r in group] for group in rewards_PG])
+        for name in constraints.limits
+    }
 
 
 def hold(constraints: Constraints, rewards_PG: Sequence[Sequence[Reward]]) -> dict[str, float]:
@@ -61,7 +64,7 @@ def hold(constraints: Constraints, rewards_PG: Sequence[Sequence[Reward]]) -> di
         `cost_NAME` and `multiplier_NAME`, and `costless_NAME`, how many replies have no such cost. A cost that nobody
         measured is left out, and its multiplier stays.
     """
-    raw = {name: _table(rewards_PG, name) for name in constraints.limits}
+    raw = _tables(constraints, rewards_PG)
     found: dict[str, float] = {}
     for name, cost in constraints.update(raw).items():
         if cost is not None:
@@ -92,17 +95,14 @@ def mixed(
         held: Cost advantages and multipliers that are known already, by name.
     """
     missing_PG = torch.tensor([[r.total is None for r in group] for group in rewards_PG])
-    total_PG, weight = advantage_PG, 0.0
     found = dict(held)
-    raw = {name: _table(rewards_PG, name) for name in constraints.limits}
+    raw = _tables(constraints, rewards_PG)
     for name, cost_PG in constraints.costs(raw).items():
         found[name] = (
             estimate(name, torch.where(missing_PG, math.nan, cost_PG)) * raw[name].nan_to_num(0.0).amax(-1, True),
             constraints.multipliers[name],
         )
-    for cost_advantage_PG, multiplier in found.values():
-        total_PG, weight = total_PG - multiplier * cost_advantage_PG, weight + multiplier
-    return total_PG / (1.0 + weight)
+    return mix_costs(advantage_PG, found.values())
 
 
 def tiered(

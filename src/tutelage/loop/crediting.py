@@ -27,7 +27,7 @@ from tutelage.records import Generation, Prompt
 from tutelage.records import Reward as Total
 from tutelage.store.ledger import Unit
 
-__all__ = ["Explained", "SignedMethod", "check_credit", "explain", "onto", "spread_credit"]
+__all__ = ["Explained", "SignedMethod", "check_credit", "explain", "note_pieces", "onto", "spread_credit"]
 
 SignedMethod = Literal["prefix", "integrated-gradients", "gradient-input"]
 
@@ -117,16 +117,11 @@ def onto(lm: LanguageModel, one: Explained, tokens: Sequence[int]) -> tuple[list
         return [*one.scores, *rest], False
     if not own or not one.tokens:
         return [0.0] * len(tokens), bool(one.tokens)
-    raw, spans = token_spans(own, lambda ids: _text(lm, ids))
+    raw, spans = token_spans(own, lm.whole_text)
     lead = len(raw) - len(raw.lstrip())
-    _, read = token_spans(one.tokens, lambda ids: _text(lm, ids))
+    _, read = token_spans(one.tokens, lm.whole_text)
     moved: list[Span] = [(a + lead, b + lead) for a, b in read]
     return [*align(one.scores, moved, spans), *rest], True
-
-
-def _text(lm: LanguageModel, ids: Sequence[int]) -> str:
-    found: str = lm.tokenizer.decode(list(ids), skip_special_tokens=True)
-    return found
 
 
 def spread_credit(
@@ -153,9 +148,14 @@ def spread_credit(
         names = [how.method if known else "uniform" for known in explained.said_B]
     for row, (reply, name) in enumerate(zip(flat, names, strict=True)):
         unit.credit(reply.id, name, float(advantage_B[row]), credit_BT[row, : len(reply.tokens)].tolist())
-    shown = {r.id: [bench.lm.tokenizer.decode([t]) for t in r.tokens] for group in replies_PG[:6] for r in group[:2]}
-    unit.note("pieces", shown)
+    note_pieces(bench.lm, replies_PG, unit)
     return credit_BT
+
+
+def note_pieces(lm: LanguageModel, replies_PG: Sequence[Sequence[Generation]], unit: Unit) -> None:
+    """Keep the texts of the tokens of a few replies, which the report colours by their credit."""
+    shown = {r.id: [lm.tokenizer.decode([t]) for t in r.tokens] for group in replies_PG[:6] for r in group[:2]}
+    unit.note("pieces", shown)
 
 
 def _dropped(bench: Workbench, scores: Scores, flat: Sequence[Generation]) -> torch.Tensor | None:

@@ -140,11 +140,12 @@ def hold_to_anchors(bench: Workbench, unit: Unit, number: int) -> None:
 def reward(bench: Workbench, findings: Findings, replies_PG: Sequence[Sequence[Generation]]) -> list[list[Reward]]:
     """Compose each group's terms into rewards."""
     essential = (*_ESSENTIAL, *(j.name for j in bench.recipe.judges))
+    weights = _weights(bench)
     found = []
     for replies, terms, costs_G in zip(replies_PG, findings.terms_PKG, findings.costs_PG, strict=True):
         more_G = cost_terms(bench.recipe, terms, len(replies))
         costs = [one | more for one, more in zip(costs_G, more_G, strict=True)]
-        found.append(compose([r.id for r in replies], terms, _weights(bench), costs, essential=essential))
+        found.append(compose([r.id for r in replies], terms, weights, costs, essential=essential))
     return found
 
 

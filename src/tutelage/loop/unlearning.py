@@ -14,6 +14,7 @@ from tutelage.credit.spans import Span, token_spans
 from tutelage.engines.load import LanguageModel
 from tutelage.errors import NothingToLearn
 from tutelage.loop.bench import Workbench
+from tutelage.loop.crediting import note_pieces
 from tutelage.loop.preferring import Watched
 from tutelage.objectives.unlikelihood import mark_repeats, mark_spans
 from tutelage.policy.learner import Scores, TrainGroup
@@ -38,12 +39,7 @@ def token_weights(
     found = mark_repeats(reply.tokens, repeat_n, rest=keep) if repeat_n else [keep] * len(reply.tokens)
     if not blamed:
         return found
-
-    def decode(tokens: Sequence[int]) -> str:
-        text: str = lm.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text
-
-    text, offsets_T = token_spans(reply.tokens, decode)
+    text, offsets_T = token_spans(reply.tokens, lm.whole_text)
     lead = len(text) - len(text.lstrip())  # a reply's text is without it
     spans = [(start + lead, end + lead, -1.0) for start, end in blamed]
     return [min(pair) for pair in zip(found, mark_spans(offsets_T, spans, rest=keep), strict=True)]
@@ -93,8 +89,7 @@ def unlearn(
         if any(map(any, weights_G)):
             completions = tuple(reply.tokens for reply in replies)
             groups.append(TrainGroup(bench.encode(prompt), completions, tuple(weights_G), start_G, start_G))
-    shown = {r.id: [bench.lm.tokenizer.decode([t]) for t in r.tokens] for group in replies_PG[:6] for r in group[:2]}
-    unit.note("pieces", shown)
+    note_pieces(bench.lm, replies_PG, unit)
     counts = {"tokens": tokens, "marked": marked, "kept": kept, "blamed_replies": len(blamed)}
     unit.metrics(number, "marks", {key: float(count) for key, count in counts.items()})
     if not groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "cvar",
     "lexicographic",
     "mix_advantages",
+    "mix_costs",
     "rectify",
     "unit_scale",
     "violation_rate",
@@ -73,7 +74,15 @@ def mix_advantages(reward_PG: torch.Tensor, cost_PG: torch.Tensor, multiplier: f
     Both advantages are expected on the same scale (the same normalisation).
     Source: Dai et al. 2023 (arXiv 2310.12773), the PPO-Lag update of Safe RLHF.
     """
-    return (reward_PG - multiplier * cost_PG) / (1.0 + multiplier)
+    return mix_costs(reward_PG, [(cost_PG, multiplier)])
+
+
+def mix_costs(reward_PG: torch.Tensor, costs: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
+    """(A_R - sum_k lambda_k A_k) / (1 + sum_k lambda_k) over costs' advantages and their multipliers."""
+    total_PG, weight = reward_PG, 0.0
+    for cost_PG, multiplier in costs:
+        total_PG, weight = total_PG - multiplier * cost_PG, weight + multiplier
+    return total_PG / (1.0 + weight)
 
 
 def unit_scale(advantage_PG: torch.Tensor) -> torch.Tensor:
@@ -212,10 +221,7 @@ class Constraints:
             InputError: A cost is missing or unknown.
         """
         self._check(cost_advantages)
-        total, weight = reward_PG, 0.0
-        for name, value in self.multipliers.items():
-            total, weight = total - value * cost_advantages[name], weight + value
-        return total / (1.0 + weight)
+        return mix_costs(reward_PG, [(cost_advantages[name], value) for name, value in self.multipliers.items()])
 
     def _check(self, given: Mapping[str, torch.Tensor]) -> None:
         if set(given) != set(self.limits):

@@ -16,10 +16,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tutelage.config import Recipe, load_recipe
-from tutelage.errors import RunBusy, StoreError
+from tutelage.errors import InputError, RunBusy, StoreError
 from tutelage.store.ledger import Ledger
 
-__all__ = ["Run", "list_runs", "write_atomic"]
+__all__ = ["Run", "check_folder", "list_runs", "write_atomic"]
+
+
+def check_folder(path: str | Path | None) -> None:
+    """Refuse a file whose folder is not there, before the work that it should hold; None is no file.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    if path is not None and not Path(path).parent.is_dir():
+        raise InputError(f"{path} cannot be written", expected="a file in a folder that exists", fix="make the folder")
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
