@@ -4,7 +4,9 @@
 
 A simulated person with known weights answers `tutelage values ask` at a terminal that is a pipe: the session, the
 files and the posterior are those of the command. Counted are the answers after which the weights found order a
-share of unseen pairs as the true ones do, and keep doing so for five answers.
+share of unseen pairs as the true ones do, and keep doing so for five answers; and what is lost, in worth a prompt,
+by picking each prompt's reply by the weights found instead of the true ones. EVOI and BALD choose from the same
+questions; any order is the third.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
 from tutelage.applications.value_bank import Bank, read_bank
-from tutelage.applications.values import Asker
+from tutelage.applications.values import Asker, Choose
 from tutelage.feedback.human import Label
 from tutelage.studio.labelling import hold, shown_order
 
@@ -37,6 +39,7 @@ class Person:
     def __init__(self, asker: Asker, weights_K: np.ndarray, unseen_NK: np.ndarray, seed: int) -> None:
         self.asker, self.weights_K, self.unseen_NK = asker, weights_K, unseen_NK
         self.draw, self.task, self.right = np.random.default_rng(seed), None, [0.5]
+        self.lost: list[float] = []
         self.row = {task.id: n for n, task in enumerate(asker.bank.tasks)}
 
     def choose(self, done: Mapping[str, Label]) -> Any:
@@ -48,6 +51,8 @@ class Person:
         """After each answer: keep it as the command does, and measure."""
         self.asker.keep(done)
         mean_K = self.asker.posterior(done).mean_K
+        worths = [(phi_CK @ self.weights_K, phi_CK @ mean_K) for phi_CK in self.asker.bank.options]
+        self.lost.append(statistics.fmean(float(true.max() - true[held.argmax()]) for true, held in worths))
         self.right.append(float(((self.unseen_NK @ mean_K > 0) == (self.unseen_NK @ self.weights_K > 0)).mean()))
 
     def readline(self) -> bytes:
@@ -82,8 +87,8 @@ def questions(folder: Path, values: int, seed: int) -> Bank:
     return read_bank(path)
 
 
-def session(seed: int, how: Literal["bald", "random"], *, values: int, deviation: float, most: int) -> list[float]:
-    """Share of unseen pairs ordered rightly after 0, 1, 2, ... answers."""
+def session(seed: int, how: Choose, *, values: int, deviation: float, most: int) -> Person:
+    """A session to its end: what was right after 0, 1, 2, ... answers, and lost after 1, 2, ..."""
     with tempfile.TemporaryDirectory() as name:
         bank = questions(Path(name), values, seed)
         draw = np.random.default_rng([seed, 1])
@@ -98,7 +103,7 @@ def session(seed: int, how: Literal["bald", "random"], *, values: int, deviation
                 hold(bank.tasks, asker.labels, annotator="ada", choose=person.choose, kept=person.kept)
         finally:
             sys.stdin = before
-        return person.right
+        return person
 
 
 def reached(right: list[float], share: float) -> int | None:
@@ -116,16 +121,24 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=200)
     options = parser.parse_args()
     rest = {"values": options.values, "deviation": options.deviation, "most": options.most}
-    shares, table = (0.85, 0.9, 0.95), []
+    shares, table, lost = (0.85, 0.9, 0.95), [], []
+    after = [n for n in (5, 10, 20, 40, 80) if n <= options.most]
     for seed in range(options.seeds):
-        curves = {how: session(seed, how, **rest) for how in ("bald", "random")}
-        table.append({how: [reached(curve, share) for share in shares] for how, curve in curves.items()})
-        print(seed, table[-1], flush=True)
+        people = {how: session(seed, how, **rest) for how in get_args(Choose)}
+        table.append({how: [reached(one.right, share) for share in shares] for how, one in people.items()})
+        lost.append({how: [one.lost[n - 1] for n in after] for how, one in people.items()})
+        print(seed, table[-1], lost[-1], flush=True)
     for n, share in enumerate(shares):
-        counts = {h: [row[h][n] if row[h][n] is not None else math.inf for row in table] for h in ("bald", "random")}
+        counts = {h: [row[h][n] if row[h][n] is not None else math.inf for row in table] for h in get_args(Choose)}
         both = [b / a for a, b in zip(counts["bald"], counts["random"], strict=True) if a < math.inf]
         middle = {how: statistics.median(found) for how, found in counts.items()}
-        print(f"{share:.0%}: median {middle}, ratio median {statistics.median(both):.2f}, least {min(both):.2f}")
+        ratio = f"ratio median {statistics.median(both):.2f}, least {min(both):.2f}" if both else "never reached"
+        print(f"{share:.0%}: median {middle}, {ratio}")
+    for n, count in enumerate(after):
+        found = {how: [row[how][n] for row in lost] for how in get_args(Choose)}
+        paired = sum(e < b for e, b in zip(found["evoi"], found["bald"], strict=True))
+        middle = {how: round(statistics.median(values), 3) for how, values in found.items()}
+        print(f"lost a prompt after {count}: median {middle}; evoi below bald in {paired} of {len(lost)}")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from tests.tiny_world import World, lines_of, tutelage_cli, write_lines
 
 from tutelage.applications.value_bank import read_bank
-from tutelage.applications.values import Asker, ask_judge, show, write_recipe
+from tutelage.applications.values import Asker, ask_judge, foretold, show, write_recipe
 from tutelage.config import load_recipe
 from tutelage.errors import InputError, RecipeError
 from tutelage.feedback.asking import Opinion
 from tutelage.feedback.human import Label, read_labels
 from tutelage.loop.bench import Silent
 from tutelage.objectives.cooperative import choose_batch
+from tutelage.objectives.inverse import fit_choices
 from tutelage.objectives.values import ValuePosterior
 from tutelage.rewards.compose import normalise
 from tutelage.studio.labelling import hold, shown_order
@@ -212,6 +213,111 @@ def test_the_command_undoes_resumes_and_loses_nothing(tmp_path: Path, monkeypatc
 def test_one_and_only_one_answers(more: tuple[str, ...], tmp_path: Path) -> None:
     done = tutelage_cli("values", "ask", candidates(tmp_path), "--out", tmp_path / "v.json", *more)
     assert done.code == 2 and "--annotator NAME or --judge SPEC" in done.err
+
+
+# ---- choices that are there already ----
+
+
+def chosen(folder: Path, weights: np.ndarray, prompts: int = 60, seed: int = 0) -> Path:
+    """Candidates of which somebody with these weights chose one, with the noise that the model of choices assumes."""
+    draw = np.random.default_rng(seed)
+    rows = lines_of(candidates(folder, prompts=prompts, replies=4, seed=seed))
+    for row in rows:
+        worth = np.array([list(one.values()) for one in row["features"]]) @ weights
+        row["chosen"] = int((worth + draw.gumbel(size=4)).argmax())
+    return write_lines(folder / "chosen.jsonl", rows)
+
+
+def test_choices_are_read_and_those_that_say_nothing_are_counted(tmp_path: Path) -> None:
+    """Three lines with a choice: among two that are scored, of one without a score, and of one with nothing beside it."""
+    rows = [
+        {"prompt": "A?", "candidates": ["x", "y", "z"], "features": [{"a": 1}, {"a": None}, {"a": 3}], "chosen": 2},
+        {"prompt": "B?", "candidates": ["x", "y"], "features": [{"a": 1}, {}], "chosen": 1},
+        {"prompt": "C?", "candidates": ["x", "y"], "features": [{"a": 1}, {}], "chosen": 0},
+        {"prompt": "D?", "candidates": ["x", "y"], "features": [{"a": 1}, {"a": 2}], "chosen": None},
+    ]
+    bank = read_bank(write_lines(tmp_path / "c.jsonl", rows))
+    ((phi_CK, place),) = bank.choices
+    # 1, 3 and 1, 2 about their means: 2 + 1/2 over two degrees
+    assert phi_CK.ravel().tolist() == pytest.approx([1 / math.sqrt(1.25), 3 / math.sqrt(1.25)]) and place == 1
+    assert bank.choiceless == 2 and [len(table) for table in bank.options] == [2, 2]
+    asker = Asker(bank, tmp_path / "v.json", annotator="ada")
+    plain = ValuePosterior(("a",))
+    plain.demonstrate(phi_CK, 1)
+    assert asker.posterior({}).mean_K.tolist() == plain.mean_K.tolist() and asker.posterior({}).skipped == 2
+
+
+@pytest.mark.parametrize("place", [-1, 2, 0.0, True, "x"])
+def test_a_choice_of_what_is_not_there_is_refused(place: Any, tmp_path: Path) -> None:
+    row = {"prompt": "A?", "candidates": ["x", "y"], "features": [{"a": 1}, {"a": 2}], "chosen": place}
+    with pytest.raises(InputError, match="line 1: `chosen` is "):
+        read_bank(write_lines(tmp_path / "c.jsonl", [row]))
+
+
+def test_what_choices_say_is_the_fit_by_maximum_entropy(tmp_path: Path) -> None:
+    """The mode is an independent fit's; unseen choices are foretold; a question asked next goes on from there."""
+    file, out = chosen(tmp_path, TRUE), tmp_path / "ada.json"
+    done = tutelage_cli("values", "learn", file, "--out", out, "--annotator", "ada", "--json")
+    assert done.code == 0, done.err
+    told, bank = json.loads(done.out), read_bank(file)
+    phi_PCK = np.stack([phi for phi, _ in bank.choices])
+    share_PC = np.eye(4)[[place for _, place in bank.choices]]
+    assert ValuePosterior.load(out).mode_K == pytest.approx(fit_choices(phi_PCK, share_PC).weights_K, abs=1e-4)
+    assert (told["choices"], told["answers"], told["annotator"]) == (60, 60, "ada")
+    assert told["foretold"]["chance"] == 0.25 and told["foretold"]["right"] > 0.5
+    mean = {one["value"]: one["weight"] for one in told["values"]}
+    assert np.corrcoef([mean[n] for n in NAMES], TRUE * bank.scale_K)[0, 1] > 0.95
+    words = tutelage_cli("values", "learn", file, "--out", out, "--annotator", "ada").out
+    assert "of 60 choices" in words and "by guessing 25%" in words
+
+
+def test_choices_by_chance_foretell_nothing(tmp_path: Path) -> None:
+    told = foretold(read_bank(chosen(tmp_path, np.zeros(3), prompts=200)))
+    assert told is not None and abs(told["right"] - told["chance"]) < 0.1
+    assert foretold(read_bank(chosen(tmp_path, TRUE, prompts=1))) is None
+
+
+def test_answers_add_to_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, out = chosen(tmp_path, TRUE, prompts=10), tmp_path / "ada.json"
+    typed(monkeypatch, "1", "2", "q")
+    assert tutelage_cli("values", "ask", file, "--out", out, "--annotator", "ada").code == 0
+    assert len(ValuePosterior.load(out)) == 12
+    assert tutelage_cli("values", "learn", file, "--out", out, "--annotator", "ada").code == 0
+    assert len(ValuePosterior.load(out)) == 12  # what was answered stays
+    other = tutelage_cli("values", "learn", file, "--out", out, "--annotator", "bob")
+    assert other.code == 2 and "holds answers of ada" in other.err
+
+
+def test_learning_from_no_choice_is_refused(tmp_path: Path) -> None:
+    done = tutelage_cli("values", "learn", candidates(tmp_path), "--out", tmp_path / "v.json", "--annotator", "ada")
+    assert done.code == 2 and "holds no choice" in done.err and not (tmp_path / "v.json").exists()
+
+
+# ---- asking only what is worth it ----
+
+
+def test_evoi_asks_while_it_betters_what_is_picked(tmp_path: Path) -> None:
+    bank = read_bank(candidates(tmp_path, prompts=30))
+    found: dict[float, int] = {}
+    for cost in (0.0, 0.01, 0.05, 100.0):
+        asker = Asker(bank, tmp_path / "v.json", annotator="ada", questions=60, how="evoi", cost=cost)
+        person, done = Person(asker, TRUE, 1), dict[str, Label]()
+        while (task := person.choose(done)) is not None:
+            done[task.id] = label(task.id, 0 if person.first_wins() else 1)
+        assert asker.gain is not None and (len(done) == 60 or asker.gain <= cost)
+        found[cost] = len(done)
+    assert found[100.0] == 0 < found[0.05] < found[0.01] < found[0.0] == 60
+
+
+def test_a_question_that_is_not_worth_it_ends_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed(monkeypatch, "1", "1")
+    words = ("values", "ask", candidates(tmp_path), "--out", tmp_path / "v.json", "--annotator", "ada")
+    done = tutelage_cli(*words, "--choose", "evoi", "--cost", "50")
+    assert done.code == 0 and "no question is worth asking" in done.out
+    shown = json.loads(tutelage_cli(*words, "--choose", "evoi", "--cost", "50", "--json").out)
+    assert 0.0 < shown["gain"] < 50.0 and shown["answers"] == 0
+    refused = tutelage_cli(*words, "--cost", "0.1")
+    assert refused.code == 2 and "choose by evoi" in refused.err
 
 
 # ---- a judge answers ----

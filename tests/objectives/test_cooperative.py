@@ -231,6 +231,14 @@ def test_evoi_by_hand() -> None:
     assert evoi(both, np.array([[4.0, 0.0], [1.0, 0.0]]), third) == pytest.approx([math.tanh(2.0) - 0.9, 0.0])
 
 
+def test_evoi_of_several_decisions_is_the_sum_of_each() -> None:
+    draw = np.random.default_rng(0)
+    particles, deltas, options = (draw.normal(size=(n, 3)) for n in (50, 7, 9))
+    parts = [evoi(particles, deltas, options[a:b]) for a, b in ((0, 2), (2, 3), (3, 9))]
+    assert evoi(particles, deltas, options, (0, 2, 3)) == pytest.approx(sum(parts))
+    assert parts[1] == pytest.approx(np.zeros(7))  # where there is one thing to do
+
+
 @given(seed=SEEDS)
 def test_evoi_is_never_negative_and_blind_to_the_order_of_a_question(seed: int) -> None:
     random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Pairs of replies with a score for each value: what can be asked about somebody's values."""
+"""Replies with a score for each value: what can be asked about somebody's values, and what they chose already."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ class Bank:
         first_NK: Scores of each question's first reply, divided by the scale.
         second_NK: Those of its second.
         left_out: Pairs that are no question: a score is missing, or no score differs.
+        choices: Demonstrations: scores of the candidates, divided by the scale, and which of them was chosen.
+        choiceless: Choices that are none: what was chosen lacks a score, or had nothing beside it.
+        options: Scores of what could be picked, divided by the scale, a table a prompt with two replies or more.
     """
 
     names: tuple[str, ...]
@@ -42,14 +45,18 @@ class Bank:
     first_NK: np.ndarray
     second_NK: np.ndarray
     left_out: int
+    choices: tuple[tuple[np.ndarray, int], ...]
+    choiceless: int
+    options: tuple[np.ndarray, ...]
 
 
 def read_bank(path: Path, *, seed: int = 0) -> Bank:
-    """Read candidates with their scores; all pairs of replies to one prompt are questions.
+    """Read candidates with their scores; all pairs of replies to one prompt are questions, `chosen` is an answer.
 
     Args:
         path: JSONL of {"prompt", "candidates": [texts], "features": [{value: score}, ...]}, or one reply a line:
-            {"prompt", "response", "features": {value: score}}. A score that is null or left out is missing.
+            {"prompt", "response", "features": {value: score}}. A score that is null or left out is missing. A line
+            of candidates may name the one that somebody chose: "chosen", its place from 0.
         seed: Of the choice among more than 2,000 pairs.
 
     Raises:
@@ -57,9 +64,12 @@ def read_bank(path: Path, *, seed: int = 0) -> Bank:
     """
     check_path(path, (".jsonl", ".ndjson", ".json"))
     lists: dict[tuple[Message, ...], dict[str, Mapping[str, float]]] = {}
+    chose: list[tuple[list[dict[str, float]], int]] = []
     for number, fields in json_rows(path):
         place = f"{path}, line {number}"
         texts, scores = _scored(place, fields)
+        if fields.get("chosen") is not None:
+            chose.append((scores, _place(place, fields["chosen"], len(texts))))
         lists.setdefault(conversation_of(place, fields), {}).update(zip(texts, scores, strict=True))
     names = tuple(dict.fromkeys(name for group in lists.values() for one in group.values() for name in one))
     if not names:
@@ -82,7 +92,29 @@ def read_bank(path: Path, *, seed: int = 0) -> Bank:
     tasks = tuple(_task(t, text_of[t][i], text_of[t][j]) for t, i, j in good)
     first_NK = np.stack([phi[t][i] for t, i, _ in good]) / scale_K
     second_NK = np.stack([phi[t][j] for t, _, j in good]) / scale_K
-    return Bank(names, scale_K, tasks, first_NK, second_NK, len(pairs) - len(good))
+    choices = [c for scores, chosen in chose if (c := _choice(_table(scores, names) / scale_K, chosen))]
+    whole = [table[np.isfinite(table).all(1)] / scale_K for table in phi.values()]
+    return Bank(
+        names, scale_K, tasks, first_NK, second_NK, len(pairs) - len(good),
+        tuple(choices), len(chose) - len(choices), tuple(table for table in whole if len(table) > 1),
+    )  # fmt: skip
+
+
+def _place(place: str, chosen: Any, count: int) -> int:
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < count:
+        raise InputError(
+            f"{place}: `chosen` is {chosen!r}", expected=f"the place of one of {count} candidates, from 0 on",
+            fix="leave it out, or write null, where nobody chose",
+        )  # fmt: skip
+    return chosen
+
+
+def _choice(phi_CK: np.ndarray, chosen: int) -> tuple[np.ndarray, int] | None:
+    """A choice among the candidates that have all scores."""
+    there_C = np.isfinite(phi_CK).all(1)
+    if not there_C[chosen] or there_C.sum() < 2:
+        return None
+    return phi_CK[there_C], int(there_C[:chosen].sum())
 
 
 def _scored(place: str, fields: Mapping[str, Any]) -> tuple[list[str], list[dict[str, float]]]:

@@ -1,12 +1,14 @@
 """What somebody values, found by asking: the questions, what to ask next, and weights for a recipe.
 
 A question shows two replies to one prompt. Every answer is a label in a file that only grows, and the
-posterior follows from the labels that stand: so an answer can be taken back, and nothing is lost.
+posterior follows from the labels that stand: so an answer can be taken back, and nothing is lost. Choices that the
+file of candidates holds already count as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -24,16 +26,21 @@ from tutelage.feedback.constitution import load_constitution
 from tutelage.feedback.human import Label, Task, append_label, now, read_labels
 from tutelage.feedback.model_judge import ComparingJudge, Pair
 from tutelage.feedback.roster import open_judge
-from tutelage.objectives.cooperative import bald, plausible
+from tutelage.objectives.cooperative import bald, evoi, plausible
 from tutelage.objectives.values import ValuePosterior
 from tutelage.records import Progress, Prompt, content_hash
 from tutelage.rewards.compose import normalise
 from tutelage.store.runs import Run, check_folder, write_atomic
 
 __all__ = [
-    "Asker", "Bank", "ask_judge", "candidates_of_run", "named", "open_one", "read_bank", "show", "write_recipe",
+    "Asker", "Bank", "Choose", "ask_judge", "candidates_of_run", "foretold", "learn", "named", "open_one", "read_bank",
+    "show", "write_recipe",
 ]  # fmt: skip
 
+Choose = Literal["bald", "evoi", "random"]
+
+_DRAWS = 500  # of the weights, by which EVOI is worked out
+_FOLDS = 5
 _FIRST = {0: 1.0, 1: 0.0, "tie": 0.5, "both_bad": 0.5, "skip": None}
 
 
@@ -45,12 +52,16 @@ class Asker:
         path: Where the posterior is kept.
         annotator: Whose values these are.
         questions: How many are asked in all, unanswered ones among them.
-        how: The question of which the answer tells most about the weights, or any.
+        how: The question of which the answer tells most about the weights, or betters most which reply is picked of
+            each prompt's, or any.
+        cost: Of a question to whoever answers, in worth a prompt's pick: with evoi none is asked that does not better
+            it by more; 0 asks all.
         prior: Standard deviation of each weight before any answer.
-        seed: Of the order in which any are asked.
+        seed: Of the order in which any are asked, and of draws.
 
     Raises:
         InputError: The labels beside `path` are another's.
+        RecipeError: No question is wanted, or a cost that is not read or makes no sense.
     """
 
     def __init__(
@@ -60,14 +71,24 @@ class Asker:
         *,
         annotator: str,
         questions: int = 30,
-        how: Literal["bald", "random"] = "bald",
+        how: Choose = "bald",
+        cost: float = 0.0,
         prior: float = 1.0,
         seed: int = 0,
     ) -> None:
         if questions < 1:
             raise RecipeError(f"{questions} questions", expected="at least 1", fix="leave it out for 30")
+        if not cost >= 0.0 or (cost and how != "evoi"):
+            raise RecipeError(
+                f"a cost of {cost} with questions chosen by {how}", expected="0 or more, and evoi, which weighs it",
+                fix="leave the cost out, or choose by evoi",
+            )  # fmt: skip
         check_folder(path)
         self.bank, self.path, self.annotator, self.prior = bank, path, annotator, prior
+        self.how, self.cost, self.seed = how, cost, seed
+        self.gain: float | None = None  # of the question that evoi chose last, a prompt's pick
+        self._options_AK = np.concatenate(bank.options)
+        self._starts_D = [0, *itertools.accumulate(len(table) for table in bank.options[:-1])]
         self.labels = path.with_suffix(".labels.jsonl")
         others = {one.annotator for one in read_labels(self.labels)} - {annotator}
         if others:
@@ -86,10 +107,13 @@ class Asker:
         ValuePosterior(bank.names, prior=prior)  # refuses a prior that makes no sense
 
     def posterior(self, done: Mapping[str, Label]) -> ValuePosterior:
-        """What the answers say, oldest first; those to questions that the file no longer holds are left out."""
+        """What choices and answers say, oldest first; answers to what the file no longer asks do not count."""
         state = content_hash([[one.task, one.answer, one.log_odds] for one in done.values()])
         if self._seen is None or self._seen[0] != state:
             found = ValuePosterior(self.bank.names, prior=self.prior)
+            for phi_CK, chosen in self.bank.choices:
+                found.demonstrate(phi_CK.tolist(), chosen)
+            found.skipped += self.bank.choiceless
             for name, one in done.items():
                 row = self._row.get(name)
                 if row is not None:
@@ -98,7 +122,7 @@ class Asker:
         return self._seen[1]
 
     def next(self, done: Mapping[str, Label]) -> Task | None:
-        """The question to ask now; None when enough were asked, or none is left."""
+        """The question to ask now; None when enough were asked, none is left, or none is worth its cost."""
         if len(done) >= self.questions:
             return None
         if self._shuffled is not None:
@@ -107,8 +131,16 @@ class Asker:
         if not len(rows):
             return None
         known = self.posterior(done)
-        best = bald(known.mean_K, known.covariance_KK, self._delta_NK[rows]).argmax()
-        return self.bank.tasks[int(rows[best])]
+        worth_N = bald(known.mean_K, known.covariance_KK, self._delta_NK[rows])
+        if self.how == "evoi":
+            draws = known.sample(_DRAWS, np.random.default_rng([self.seed, len(done)]))
+            gain_N = evoi(draws, self._delta_NK[rows], self._options_AK, self._starts_D) / len(self._starts_D)
+            self.gain = float(gain_N.max())
+            if self.cost and self.gain <= self.cost:
+                return None
+            # Where no single answer changes a pick, several may: then what tells most.
+            worth_N = gain_N if self.gain else worth_N
+        return self.bank.tasks[int(rows[worth_N.argmax()])]
 
     def keep(self, done: Mapping[str, Label]) -> None:
         """Write the posterior; the file appears whole or not at all.
@@ -123,6 +155,45 @@ class Asker:
     def answered(self) -> dict[str, Label]:
         """The answers so far, by question."""
         return {one.task: one for one in read_labels(self.labels) if one.task in self._row}
+
+
+def learn(bank: Bank, path: Path, *, annotator: str, prior: float = 1.0) -> None:
+    """Write what the choices of a file say, with the answers that stand beside `path`.
+
+    Raises:
+        InputError: The file holds no choice.
+    """
+    if not bank.choices:
+        raise InputError(
+            f"the file holds no choice ({bank.choiceless} had no scores, or nothing beside them)",
+            expected='lines with "chosen": the place of the best candidate, from 0',
+            fix="mark choices, or ask: tutelage values ask",
+        )
+    asker = Asker(bank, path, annotator=annotator, prior=prior)
+    asker.keep(asker.answered())
+
+
+def foretold(bank: Bank, *, prior: float = 1.0) -> dict[str, Any] | None:
+    """How well the choices of a file foretell each other: each fifth of them by the weights that the others give.
+
+    Returns:
+        `choices`, the share `right` of those whose chosen reply is worth most, and `chance`, what guessing gives; None
+        with fewer than two.
+    """
+    count = len(bank.choices)
+    if count < 2:
+        return None
+    right = 0.0
+    for fold in range(min(_FOLDS, count)):
+        known = ValuePosterior(bank.names, prior=prior)
+        for n, (phi_CK, chosen) in enumerate(bank.choices):
+            if n % _FOLDS != fold:
+                known.demonstrate(phi_CK.tolist(), chosen)
+        for phi_CK, chosen in bank.choices[fold::_FOLDS]:
+            best_C = np.isclose(worth_C := phi_CK @ known.mean_K, worth_C.max())
+            right += float(best_C[chosen]) / float(best_C.sum())
+    chance = sum(1.0 / len(phi_CK) for phi_CK, _ in bank.choices) / count
+    return {"choices": count, "right": right / count, "chance": chance}
 
 
 def _share(one: Label) -> float | None:

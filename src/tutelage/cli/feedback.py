@@ -247,7 +247,7 @@ def label(
     """
     from tutelage.studio.labelling import label as ask
 
-    found = ask(tasks, labels, annotator=annotator, seed=seed, scale=scale)
+    found = ask(tasks, labels, annotator=annotator, seed=seed, scale=scale, aside=as_json)
     show(found, as_json, lambda: [f"{key.replace('_', ' ')}: {value}" for key, value in found.items()])
     return 0
 

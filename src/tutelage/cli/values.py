@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from tutelage.cli.parameters import Json, Newest, RecipeName, Runs, Values, app, help_, show
 from tutelage.errors import InputError
 
-__all__ = ["ask", "candidates", "recipe_", "show_", "values"]
+__all__ = ["ask", "candidates", "learn", "recipe_", "show_", "values"]
 
 values = App(name="values", help="What somebody values: ask about pairs of replies, few and telling ones.")
 app.command(values)
@@ -29,8 +29,12 @@ def ask(
     ] = None,
     questions: Annotated[int, help_("how many in all, with those of earlier sessions")] = 30,
     choose: Annotated[
-        Literal["bald", "random"], help_("the question that tells most about the values, or any, to compare with")
+        Literal["bald", "evoi", "random"],
+        help_(
+            "the question that tells most about the values (bald), that betters most which replies are picked, or any"
+        ),
     ] = "bald",
+    cost: Annotated[float, help_("of a question, with evoi: none is asked that betters a prompt's pick by less")] = 0.0,
     prior: Annotated[float, help_("how far weights may be from 0 before anything is known")] = 1.0,
     constitution: Values = None,
     seed: Annotated[int, help_("of orders")] = 0,
@@ -43,6 +47,7 @@ def ask(
 
     Examples to type:
         tutelage values ask candidates.jsonl --out ada.json --annotator ada
+        tutelage values ask candidates.jsonl --out ada.json --annotator ada --choose evoi --cost 0.002
         tutelage values ask candidates.jsonl --out judge.json --judge judge.gguf --questions 100
     """
     from tutelage.applications import values as application
@@ -55,7 +60,7 @@ def ask(
             fix="say who answers",
         )
     bank = application.read_bank(candidates, seed=seed)
-    rules: dict[str, Any] = {"questions": questions, "how": choose, "prior": prior, "seed": seed}
+    rules: dict[str, Any] = {"questions": questions, "how": choose, "cost": cost, "prior": prior, "seed": seed}
     if judge is not None:
         with choose_progress(as_json=as_json) as progress:
             opened = application.open_one(judge, constitution=constitution, progress=progress)
@@ -68,11 +73,47 @@ def ask(
         asker.keep(asker.answered())
         told = hold(
             bank.tasks, asker.labels, annotator=str(annotator), seed=seed, choose=asker.next, goal=asker.questions,
-            kept=asker.keep,
+            kept=asker.keep, aside=as_json,
         )  # fmt: skip
     found = application.show(out)
     body = {"file": str(out), "session": told, "pairs": len(bank.tasks), "left_out": bank.left_out, **found}
-    show(body, as_json, lambda: _lines(found, out))
+    if asker.gain is not None:
+        body["gain"] = asker.gain
+    enough = cost and asker.gain is not None and asker.gain <= cost
+    stop = [f"no question is worth asking: the best betters a prompt's pick by {asker.gain:.2g}"] if enough else []
+    show(body, as_json, lambda: [*stop, *_lines(found, out)])
+    return 0
+
+
+@values.command
+def learn(
+    candidates: Annotated[
+        Path, help_('JSONL of replies with their scores, and "chosen": the place of the best, from 0')
+    ],
+    *,
+    out: Annotated[Path, help_("file for what is found")],
+    annotator: Annotated[str, help_("whose choices these are")],
+    prior: Annotated[float, help_("how far weights may be from 0 before anything is known")] = 1.0,
+    as_json: Json = False,
+) -> int:
+    """Learn what somebody values from choices that are there already, by maximum entropy, asking nothing.
+
+    Each choice is held against what the others foretell. `tutelage values ask` with the same files goes on from here.
+
+    Examples to type:
+        tutelage values learn chosen.jsonl --out ada.json --annotator ada
+    """
+    from tutelage.applications import values as application
+
+    bank = application.read_bank(candidates)
+    application.learn(bank, out, annotator=annotator, prior=prior)
+    found, told = application.show(out), application.foretold(bank, prior=prior)
+    body = {"file": str(out), "choices": len(bank.choices), "left_out": bank.choiceless, "foretold": told, **found}
+    known = [
+        f"  {one['right']:.0%} of {one['choices']} choices are foretold by the others; by guessing {one['chance']:.0%}"
+        for one in ([told] if told else [])
+    ]
+    show(body, as_json, lambda: [*_lines(found, out), *known])
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.special import expit
@@ -29,23 +30,28 @@ def bald(mean_K: np.ndarray, covariance_KK: np.ndarray, delta_NK: np.ndarray) ->
     return found
 
 
-def evoi(particles_SK: np.ndarray, delta_NK: np.ndarray, options_AK: np.ndarray) -> np.ndarray:
+def evoi(
+    particles_SK: np.ndarray, delta_NK: np.ndarray, options_AK: np.ndarray, starts_D: Sequence[int] = (0,)
+) -> np.ndarray:
     """How much better the best option gets, in worth, when each comparison is answered first.
 
     E over answers of max_a E[w . phi_a | answer] - max_a E[w . phi_a], exact over the given draws of w and
-    so never negative. Zero where no answer would change what is done, however much it told.
+    so never negative. Zero where no answer would change what is done, however much it told. Of several decisions
+    that the same answer serves, the sum.
 
     Args:
         particles_SK: Draws of w.
         delta_NK: Features of the first text minus those of the second.
         options_AK: Features of what could be done.
+        starts_D: Row of `options_AK` at which the options of each decision begin, rising from 0.
 
     Source: Howard 1966, "Information value theory".
     """
     yes_SN = expit(particles_SK @ delta_NK.T)
     worth_SA = particles_SK @ options_AK.T
-    told_N = (yes_SN.T @ worth_SA).max(1) + ((1.0 - yes_SN).T @ worth_SA).max(1)
-    found: np.ndarray = np.maximum(told_N / len(particles_SK) - worth_SA.mean(0).max(), 0.0)
+    yes_NA, now_A = yes_SN.T @ worth_SA, worth_SA.sum(0)
+    told_N = (np.maximum.reduceat(yes_NA, starts_D, 1) + np.maximum.reduceat(now_A - yes_NA, starts_D, 1)).sum(1)
+    found: np.ndarray = np.maximum(told_N - np.maximum.reduceat(now_A, starts_D).sum(), 0.0) / len(particles_SK)
     return found
 
 

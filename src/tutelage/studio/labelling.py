@@ -59,7 +59,9 @@ def shown_order(task: Task, *, annotator: str, seed: int) -> tuple[int, ...]:
     return tuple(sorted(range(len(task.candidates)), key=lambda i: content_hash([seed, task.id, annotator, i])))
 
 
-def label(tasks_path: Path, labels_path: Path, *, annotator: str, seed: int = 0, scale: int = 5) -> dict[str, Any]:
+def label(
+    tasks_path: Path, labels_path: Path, *, annotator: str, seed: int = 0, scale: int = 5, aside: bool = False
+) -> dict[str, Any]:
     """Ask one person for labels until the tasks or the person are done; ctrl-c quits, nothing is lost.
 
     Args:
@@ -68,6 +70,7 @@ def label(tasks_path: Path, labels_path: Path, *, annotator: str, seed: int = 0,
         annotator: Who answers.
         seed: Of the orders in which candidates are shown.
         scale: Highest rating, for tasks that do not say.
+        aside: The session is shown on stderr, so that stdout is left to what is found.
 
     Returns:
         annotator, labels (path), tasks, labelled (of these, skipped ones among them), skipped, left, new
@@ -78,7 +81,7 @@ def label(tasks_path: Path, labels_path: Path, *, annotator: str, seed: int = 0,
         StoreError: The label file cannot be written.
     """
     _check_name(annotator)
-    return hold(read_tasks(tasks_path, scale=scale), labels_path, annotator=annotator, seed=seed)
+    return hold(read_tasks(tasks_path, scale=scale), labels_path, annotator=annotator, seed=seed, aside=aside)
 
 
 def hold(
@@ -90,6 +93,7 @@ def hold(
     choose: Choose | None = None,
     goal: int | None = None,
     kept: Callable[[Mapping[str, Label]], None] = lambda _: None,
+    aside: bool = False,
 ) -> dict[str, Any]:
     """`label` for tasks that are at hand, in an order that may depend on the answers.
 
@@ -101,6 +105,7 @@ def hold(
         choose: Picks the next task; in the order given where it is left out.
         goal: How many tasks are to be answered, for the person to see; all where it is left out.
         kept: Told all answers after each one that is on disk, or taken back.
+        aside: As in `label`.
     """
     _check_name(annotator)
     mine = [given for given in read_labels(labels_path) if given.annotator == annotator]
@@ -109,7 +114,7 @@ def hold(
     except OSError as error:
         problem = f"{labels_path} cannot be written: {os.strerror(error.errno) if error.errno else error}"
         raise StoreError(problem, expected="a file that can grow", fix="check the folder and its rights") from error
-    session = _Session(tasks, labels_path, mine, annotator, seed)
+    session = _Session(tasks, labels_path, mine, annotator, seed, aside=aside)
     session.choose, session.kept, session.goal = choose or session.in_order, kept, goal or len(tasks)
     with ExitStack() as stack:
         keys = stack.enter_context(_Keyboard()) if sys.stdin.isatty() else _Lines()
@@ -213,9 +218,12 @@ class _Session:
         mine: This person's standing labels, oldest first.
         annotator: Who that is.
         seed: Of the orders.
+        aside: On stderr.
     """
 
-    def __init__(self, tasks: Sequence[Task], path: Path, mine: Sequence[Label], annotator: str, seed: int) -> None:
+    def __init__(
+        self, tasks: Sequence[Task], path: Path, mine: Sequence[Label], annotator: str, seed: int, *, aside: bool
+    ) -> None:
         self.tasks, self.path, self.annotator, self.seed = {t.id: t for t in tasks}, path, annotator, seed
         self.done = {given.task: given for given in mine if given.task in self.tasks}
         self.others = len(mine) - len(self.done)
@@ -223,7 +231,7 @@ class _Session:
         self.choose: Choose = self.in_order
         self.kept: Callable[[Mapping[str, Label]], None] = lambda _: None
         self.goal = len(tasks)
-        self.console = Console(highlight=False, markup=False, emoji=False)
+        self.console = Console(highlight=False, markup=False, emoji=False, stderr=aside)
 
     def say(self, text: str) -> None:
         """A line for the person."""
