@@ -44,8 +44,13 @@ def test_a_critic_of_words_learns_judges_and_is_checked(pairs, tmp_path, world):
     assert all("liked" in r["terms"] for r in world.rows("rewards"))
 
     notes = [n["body"] for n in world.rows("notes", topic="triggers")]
-    assert {n["judge"] for n in notes} == {"liked"} and "round-1" in {n["unit"] for n in notes}
+    assert {n["judge"] for n in notes} == {"liked", "fit"} and "round-1" in {n["unit"] for n in notes}
     replies = {g["id"]: g["text"] for g in world.rows("generations")}
+    suites = {n["suite"] for n in notes if n["unit"] == "final"}
+    assert len(suites) == 2 and {n["suite"] for n in notes if n["unit"] != "final"} == {""}
+    answers = [r for r in world.rows("outcomes") if r["version"] != "start"]
+    assert {r["suite"] for r in answers} == suites
+    replies |= {r["item"]: r["reply"] for r in answers}
     for note in notes:
         assert 0 < len(note["replies"]) <= 4
         for row in note["replies"]:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny_world import tutelage_cli, write_lines
+from tests.tiny_world import World, tutelage_cli, write_lines
 
 from tutelage.feedback.critic_data import Passage, Reader, families
 from tutelage.feedback.text_critic import TextCritic
-from tutelage.loop.marking import blame, mark, words_of
+from tutelage.loop.marking import Candidate, blame, mark, note_triggers, reading, words_of
+from tutelage.records import Message, Prompt
+
+pytest_plugins = ["tests.tiny_world"]
 
 NOUNS = ("train", "garden", "letter", "river", "window", "song", "market", "bridge", "lamp", "story")
 
@@ -57,7 +63,7 @@ def test_words_lie_apart_in_order_and_hold_every_letter(text: str) -> None:
 def test_blame_is_what_the_reward_loses_by_a_word(critic: TextCritic) -> None:
     reader = Reader("words")
     text = "The lamp is stupid, I thank you."
-    ((reward, credit),) = blame(critic, reader, [Passage(text)])
+    ((reward, credit),) = blame(reading(critic, reader), [Passage(text)])
     assert reward == pytest.approx(float(critic.reward([Passage(text)], reader)[0]), abs=1e-6)
     for (start, end), value in zip(words_of(text), credit, strict=True):
         without = float(critic.reward([Passage(text[:start] + text[end:])], reader)[0])
@@ -66,11 +72,43 @@ def test_blame_is_what_the_reward_loses_by_a_word(critic: TextCritic) -> None:
 
 def test_the_rude_word_is_marked_and_nothing_where_nothing_is(critic: TextCritic) -> None:
     texts = ["The story of the song is stupid, I thank you.", "…", "The lamp is old and I thank you."]
-    rude, silent, kind = mark(critic, Reader("words"), [Passage(t) for t in texts], share=0.5)
+    rude, silent, kind = mark(reading(critic, Reader("words")), [Passage(t) for t in texts], share=0.5)
     assert rude.places[0].text == "stupid" and rude.places[0].score < 0
     assert silent.places == ()
     assert rude.reward < kind.reward
     assert all(rude.passage.text[p.start : p.end] == p.text for p in rude.places)
+
+
+def test_the_worst_are_marked_and_what_has_no_verdict_is_left_out() -> None:
+    """The score is minus the count of "bad": by hand, two of them are two words that cost 1 each."""
+    texts = {"a": "bad and bad", "b": "fine", "c": "bad", "d": "so so", "e": "bad bad bad", "f": "bad, unheard"}
+    score = lambda passages: [-float(p.text.count("bad")) for p in passages]  # noqa: E731 - a scorer of one line
+    prompt = Prompt("p", (Message("user", "How?"),))
+    values = dict(zip(texts, [-2.0, 0.0, -1.0, 0.0, -3.0, math.nan], strict=True))
+    notes: list[Any] = []
+    unit: Any = SimpleNamespace(name="round-1", note=lambda topic, body: notes.append((topic, body)))
+    rows = [Candidate(key, prompt, text, values[key]) for key, text in texts.items()]
+    found = note_triggers("harm", score, rows, unit, suite="gate")
+    assert found == {"e": [(0, 11)], "a": [(0, 3), (8, 11)], "c": [(0, 3)]} or found["e"] == [(0, 7)]
+    ((topic, body),) = notes
+    assert (topic, body["judge"], body["suite"]) == ("triggers", "harm", "gate")
+    assert [row["id"] for row in body["replies"]] == ["e", "a", "c", "b"]
+    assert [row["reward"] for row in body["replies"]] == [-3.0, -2.0, -1.0, 0.0]
+    assert note_triggers("harm", score, [rows[-1]], unit) == {} and len(notes) == 1
+
+
+def test_the_built_in_critic_says_which_words_of_an_answer_are_against_it(world: World) -> None:
+    """Log-odds of fit: what the panel's verdict on the same reply is, and nothing where the panel abstains."""
+    done = world.play("--set", "update.rounds=1")
+    assert done.code == 3, done.err
+    notes = [n["body"] for n in world.rows("notes", topic="triggers") if n["body"]["judge"] == "fit"]
+    values = {v["subject"]: v["value"] for v in world.rows("verdicts", judge="critic")}
+    known = [(row, values[row["id"]]) for n in notes if not n["suite"] for row in n["replies"]]
+    assert known
+    for row, value in known:
+        assert row["reward"] == pytest.approx(math.log(value / (1 - value)), abs=0.02)
+    answered = [row for n in notes if n["suite"] for row in n["replies"]]
+    assert answered and all(math.isfinite(row["reward"]) for row in answered)
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:

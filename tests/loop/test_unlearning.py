@@ -118,7 +118,7 @@ def test_what_a_critic_blames_is_marked(world: World) -> None:
     done = world.play(*words(*QUICK, "objective.keep=0", "objective.repeat_n=0", "update.rounds=1"))
     assert done.code == 3, done.err
     (counts,) = [m["values"] for m in world.rows("metrics", stage="marks")]
-    (note,) = world.rows("notes", topic="triggers", unit="round-1")
+    (note,) = [n for n in world.rows("notes", topic="triggers", unit="round-1") if n["body"]["judge"] == "rude"]
     against = [r for r in note["body"]["replies"] if r["reward"] < 0 and r["places"]]
     assert counts["blamed_replies"] == len(against) > 0 and counts["marked"] > 0
     ids = {r["id"] for r in against}

@@ -219,13 +219,13 @@ def marked(file: Path, texts: Path | None, said: Sequence[str], *, share: float,
     """
     from tutelage.feedback.critic_data import Passage, Reader, read_texts
     from tutelage.feedback.text_critic import TextCritic
-    from tutelage.loop.marking import mark
+    from tutelage.loop.marking import mark, reading
 
     passages = [*(read_texts(texts) if texts else ()), *(Passage(text) for text in said if text.strip())]
     if not passages:
         raise InputError("there is no text to mark", expected="a file of texts, or --text", fix="name one of the two")
     critic = TextCritic.load(file)
-    found = mark(critic, Reader.open(critic.source, model=model), passages, share=share)
+    found = mark(reading(critic, Reader.open(critic.source, model=model)), passages, share=share)
     return [
         {"text": m.passage.text, "reward": m.reward, "places": [dataclasses.asdict(place) for place in m.places]}
         for m in found

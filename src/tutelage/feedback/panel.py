@@ -6,12 +6,14 @@ Nobody here sees a reference answer or a suite's kinds: a `Prompt` has no field 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import logit
 
 from tutelage.config import Feedback
 from tutelage.engines.encoder import Encoder
@@ -20,10 +22,12 @@ from tutelage.feedback.belief import Belief, consistency_odds, fuse
 from tutelage.feedback.consistency import GroupSpread, spread, stock_phrases
 from tutelage.feedback.constitution import Constitution, Principle
 from tutelage.feedback.critic import ACTS, Critic
+from tutelage.feedback.critic_data import Passage
 from tutelage.records import Cost, Generation, Prompt, Verdict, content_hash
 
 __all__ = ["Findings", "Panel"]
 
+_EDGE = 1e-6  # odds stay finite
 _RIGHT_ACT = (("answerable", "answers"), ("unanswerable", "abstains"), ("ambiguous", "asks_back"))
 _BELIEVED = {
     "answerable": "has an answer",
@@ -139,6 +143,18 @@ class Panel:
             found.terms_PKG.append({k: v for k, v in terms.items() if v})
             found.costs_PG.append(costs)
             found.acts_PG.append(group_acts)
+        return found
+
+    def liking(self, passages: Sequence[Passage]) -> list[float]:
+        """Log-odds of what each text does being what its question calls for; NaN where the critic abstains.
+
+        Args:
+            passages: Texts in their contexts; of a question that was not read (`prepare`) nothing is known.
+        """
+        found = []
+        for passage, act in zip(passages, self.acts([p.text for p in passages]), strict=True):
+            value, _ = _fit(self.belief(Prompt("", tuple(passage.context))), act, self.settings.min_confidence)
+            found.append(math.nan if value is None else float(logit(min(max(value, _EDGE), 1.0 - _EDGE))))
         return found
 
     def acts(self, texts: Sequence[str]) -> list[dict[str, float]]:

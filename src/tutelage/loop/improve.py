@@ -22,6 +22,7 @@ from tutelage.loop.bench import Workbench
 from tutelage.loop.demonstrating import demonstrate
 from tutelage.loop.evaluate import Answers, compare, evaluate
 from tutelage.loop.gates import honesty_gate, preference_gate
+from tutelage.loop.marking import note_answers
 from tutelage.loop.offline import begin_pairs, lay, learn_pairs
 from tutelage.loop.round import play_round
 from tutelage.loop.supervised import imitate, look, revise
@@ -95,6 +96,8 @@ class _Session:
                 done,
                 reference,
             )
+        if bench.version != "start":
+            note_answers(bench, found, unit)
         return found
 
     def recall(self, items: Sequence[SuiteItem], suite: str, version: str) -> Answers | None:

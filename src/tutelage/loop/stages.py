@@ -15,7 +15,7 @@ from tutelage.feedback.panel import Findings
 from tutelage.loop.bench import Workbench, derive_seed
 from tutelage.loop.choice import Rewards
 from tutelage.loop.constraining import cost_terms, mixed, tiered
-from tutelage.loop.marking import note_triggers
+from tutelage.loop.marking import candidates, note_triggers, scorer_of
 from tutelage.objectives.advantages import gae, moving_mean, overlong_penalty, whiten
 from tutelage.objectives.divergence import importance, kl_k1
 from tutelage.policy.learner import Scores, TrainGroup, padded
@@ -92,6 +92,9 @@ def judge(
     with bench.adapter.off():
         bench.panel.prepare(bench.lm, prompts)
     findings = bench.panel.examine(prompts, replies_PG, first_look=first)
+    if "critic" in bench.recipe.feedback.judges:
+        fit_PG = [terms["fit"] for terms in findings.terms_PKG]
+        note_triggers("fit", bench.panel.liking, candidates(prompts, replies_PG, fit_PG), unit)
     if "text" in bench.recipe.feedback.judges:
         for prompt, replies, terms in zip(prompts, replies_PG, findings.terms_PKG, strict=True):
             verdicts = [text_verdict(r, prompt.hash) for r in replies]
@@ -103,8 +106,10 @@ def judge(
         for terms, given in zip(findings.terms_PKG, given_PG, strict=True):
             terms[one.name] = [v.value for v in given]
             findings.verdicts.extend(given)
-        for reply, places in note_triggers(one, prompts, replies_PG, given_PG, unit).items():
-            findings.blamed.setdefault(reply, []).extend(places)
+        if score := scorer_of(one):
+            rows = candidates(prompts, replies_PG, [[v.value for v in given] for given in given_PG])
+            for reply, places in note_triggers(one.name, score, rows, unit).items():
+                findings.blamed.setdefault(reply, []).extend(places)
         bench.progress.advance(len(prompts))
     unit.verdicts(findings.verdicts)
     bench.progress.advance()

@@ -46,5 +46,6 @@ def blamed(notes: Sequence[Any], most: int, characters: int) -> list[Blamed]:
             parts.append((text[at:] + ("…" if len(str(row["text"])) > characters else ""), None))
             prompt = clip(str(row["prompt"]), characters)
             kept = tuple(part for part in parts if part[0])
-            found.append(Blamed(str(body["unit"]), str(body["judge"]), float(row["reward"]), prompt, kept))
+            where = ", ".join(str(body[key]) for key in ("unit", "suite") if body.get(key))
+            found.append(Blamed(where, str(body["judge"]), float(row["reward"]), prompt, kept))
     return found[:most]
