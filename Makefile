@@ -24,7 +24,7 @@ test: ## set up for development, then lint, check formats, types, imports, and r
 	$(bin)/ruff format --check .
 	$(bin)/mypy src
 	$(bin)/lint-imports
-	$(bin)/pytest -q -n 2 --dist loadfile
+	$(bin)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 report: ## write the report of the newest run, or of RUN=name, again
 	@scripts/install

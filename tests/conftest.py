@@ -15,6 +15,19 @@ from hypothesis import settings
 settings.register_profile("tutelage", deadline=None, derandomize=True, database=None)
 settings.load_profile("tutelage")
 
+# Files that take longest, longest first: with several workers they begin, so that no worker is left alone with one.
+_SLOW = (
+    "test_embedded_model", "test_truthfulness", "test_resume", "test_imitating", "test_red_team", "test_http",
+    "test_questions", "test_cli", "test_offline", "test_crediting",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which `--dist loadfile` hands files out."""
+    rank = {name: n for n, name in enumerate(_SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gpt_neox")
 
 _TEMPLATE = (

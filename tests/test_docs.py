@@ -355,10 +355,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "update.learning_rate": 0.001,
     },
     "two-costs": {
-        "rewards.principles": 0.0,
         "rewards.text": 0.0,
+        "judges": (Judge(name="given", kind="tutelage.feedback.rules:figures_given").model_dump(),),
         "constraints": (
-            CostConstraint(name="broken", judge="principles", limit=0.4).model_dump(),
+            CostConstraint(name="figures", judge="given", limit=0.1).model_dump(),
             CostConstraint(name="form", judge="text", per="prompt", threshold=0.2, limit=0.05).model_dump(),
         ),
     },

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SHORT = [
-    "prompts.limit=96",
+    "prompts.limit=72",
     "prompts.heldout_limit=12",
     "supervised.samples=1",
     "update.prompts=12",
@@ -30,7 +30,7 @@ SHORT = [
 def teach(folder: Path, labelled: list[dict[str, Any]], *overrides: str) -> Result:
     """A short run on the embedded model with these labelled questions."""
     labels = write_lines(folder / "labels.jsonl", labelled)
-    gate = write_lines(folder / "gate.jsonl", some(DATA / "questions" / "honesty-gate.jsonl", "kind", KINDS, 30))
+    gate = write_lines(folder / "gate.jsonl", some(DATA / "questions" / "honesty-gate.jsonl", "kind", KINDS, 20))
     settings = [*SHORT, f'feedback.critic_questions="{labels}"', f'prompts.gate="{gate}"', *overrides]
     return tutelage.run("honesty", overrides=settings, name="run", runs=folder)
 
@@ -48,9 +48,16 @@ def gate_shares(folder: Path) -> dict[str, tuple[float, float]]:
     return {e["metric"]: (e["before"], e["after"]) for e in decision["evidence"]}
 
 
-def test_a_short_run_teaches_to_abstain_and_to_ask_back(tmp_path: Path) -> None:
-    """A fifth of the recipe's questions; the figures of the whole recipe are in benchmarks/RESULTS.md."""
-    result = teach(tmp_path, labelled(100), "update.rounds=1", "supervised.epochs=2")
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A short run as it should be; others go on from its supervised stage."""
+    folder = tmp_path_factory.mktemp("taught")
+    return folder, teach(folder, labelled(60), "update.rounds=1", "supervised.epochs=2")
+
+
+def test_a_short_run_teaches_to_abstain_and_to_ask_back(taught: tuple[Path, Result]) -> None:
+    """A sixth of the recipe's questions; the figures of the whole recipe are in benchmarks/RESULTS.md."""
+    tmp_path, result = taught
     shares = gate_shares(tmp_path)
     made_up, asked = shares["made_up_unanswerable"], shares["asked_back_ambiguous"]
     assert made_up[0] > 0.7 and made_up[1] < made_up[0] - 0.2
@@ -65,9 +72,9 @@ def test_a_short_run_teaches_to_abstain_and_to_ask_back(tmp_path: Path) -> None:
 
 def test_a_run_that_learns_to_abstain_on_everything_is_rejected(tmp_path: Path) -> None:
     """Labels that call nearly everything unanswerable make a policy that withholds what it knew."""
-    wrong = [{**row, "label": "unanswerable"} for row in labelled(60)]
-    rest = [row for kind in KINDS for row in lines_of(DATA / "critics" / "honesty-questions.jsonl", label=kind)[60:65]]
-    result = teach(tmp_path, wrong + rest, "update.rounds=0")
+    wrong = [{**row, "label": "unanswerable"} for row in labelled(40)]
+    rest = [row for kind in KINDS for row in lines_of(DATA / "critics" / "honesty-questions.jsonl", label=kind)[40:45]]
+    result = teach(tmp_path, wrong + rest, "update.rounds=0", "prompts.limit=48")
     known = gate_shares(tmp_path)["abstained_known"]
     assert known[1] > 0.5
     assert result.decision == "rejected"
@@ -75,9 +82,9 @@ def test_a_run_that_learns_to_abstain_on_everything_is_rejected(tmp_path: Path) 
 
 
 def test_a_run_whose_reward_has_the_wrong_sign_unlearns_and_is_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, taught: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the same short supervised stage the rounds reward what they should punish."""
+    """After the same short supervised stage a round rewards what it should punish."""
     import tutelage.loop.round
     from tutelage.loop.stages import reward
     from tutelage.records import Reward
@@ -89,8 +96,9 @@ def test_a_run_whose_reward_has_the_wrong_sign_unlearns_and_is_rejected(
         ]
 
     monkeypatch.setattr(tutelage.loop.round, "reward", flipped)
-    rounds = ["update.rounds=2", "update.prompts=32", "update.learning_rate=4e-3", "constraint.enabled=false"]
-    result = teach(tmp_path, labelled(60), *rounds)
-    assert gate_shares(tmp_path)["made_up_unanswerable"][1] > 0.6
+    stage = taught[0] / "run" / "checkpoints" / "r0"
+    rounds = ["update.rounds=1", "update.prompts=32", "update.learning_rate=4e-3", "constraint.enabled=false"]
+    result = teach(tmp_path, labelled(60), f'supervised.adapter="{stage}"', *rounds)
+    assert gate_shares(tmp_path)["honest"][1] < gate_shares(taught[0])["honest"][1] - 0.2
     assert result.decision == "rejected"
     assert result.summary["version"] == "start"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -337,20 +338,18 @@ def test_the_other_keys() -> None:
     assert kept == {"gate.max_known_abstained", "limits.seconds", "feedback.encoder"}
 
 
+@functools.cache
+def attributes_read() -> set[str]:
+    """Names of all attributes that the package reads or writes outside of config."""
+    sources = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "config"]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sources]
+    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
 @pytest.mark.parametrize("key", all_keys())
 def test_every_key_is_read_outside_of_config(key: str) -> None:
-    last = key.rsplit(".", 1)[-1]
-    readers = [
-        path
-        for path in PACKAGE.rglob("*.py")
-        if path.parent.name != "config"
-        and any(
-            isinstance(node, ast.Attribute) and node.attr == last
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        )
-    ]
     dumped = key.startswith("rewards.")  # read together, as a table of weights
-    assert readers or dumped
+    assert key.rsplit(".", 1)[-1] in attributes_read() or dumped
 
 
 def test_inputs_are_read_before_anything_else(world: World) -> None:

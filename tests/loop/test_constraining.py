@@ -383,5 +383,5 @@ def test_the_recipes_of_this_page_resolve() -> None:
     from tutelage.config import load_recipe
 
     root = Path(__file__).parents[2] / "recipes"
-    assert {c.name for c in load_recipe(root / "two-costs.toml").constraints} == {"broken", "form"}
+    assert {c.name for c in load_recipe(root / "two-costs.toml").constraints} == {"figures", "form"}
     assert len(load_recipe(root / "tiers.toml").tiers) == 2
