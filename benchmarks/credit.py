@@ -12,14 +12,16 @@ measured on 16 prompts that it never learns from, 2 replies each. A run ends whe
 measurements has reached --level, or after --longest steps, which then counts as its number. `last` is the usual
 sequence-level reward: with reward-to-go every token gets the whole advantage. The methods prefix,
 integrated-gradients and gradient-input explain a head (ridge regression on the trunk's features) that was fitted on
-the rewards of HEARD whole replies of the start model; these replies are theirs alone and count as no step. With
---records every finished run is appended to a file at once and never repeated, so that several sessions can add up.
+the rewards of HEARD whole replies of the start model; these replies are theirs alone and count as no step. `truth`
+gives each word's tokens what the word brought, above the group's mean: the ceiling for any credit. With --records every
+finished run is appended to a file at once and never repeated, so that several sessions can add up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,12 +29,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import records
 import torch
 from credit_truth import linear_head
 from grpo_vs_trl import ALPHA, BETA, CLIP, RANK, TOPICS, endless, questions, short_words
 
 from tutelage.credit import tokens as credit
 from tutelage.credit.signed import slopes
+from tutelage.credit.spans import align, token_spans
 from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
@@ -46,7 +50,7 @@ from tutelage.policy.lora import attach
 from tutelage.records import Message, Prompt, SamplerSettings
 
 PLAIN = ("attention", "uniform", "last")
-METHODS = (*PLAIN, *get_args(SignedMethod))
+METHODS = (*PLAIN, *get_args(SignedMethod), "truth")
 HEARD, POINTS = 256, 8  # replies that a head learns from; points on the path of integrated gradients
 PROMPTS, SAMPLES, TOKENS, RATE, STRIDE, BUDGET = 4, 8, 16, 2e-4, 2, 640
 SHARE = 0.8  # of the advantage that is spread; the recipe's
@@ -57,7 +61,7 @@ def asked(texts: Sequence[str]) -> list[Prompt]:
     return [Prompt(text, (Message("user", text),)) for text in texts]
 
 
-def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]:
+def run(method: str, seed: int, *, level: float, longest: int, discount: float) -> dict[str, Any]:
     """One training: steps it took, the curve on unseen prompts, KL a token at the end."""
     torch.manual_seed(seed)
     lm = load_model("smollm2-135m-instruct")  # bfloat16 only where the processor has it
@@ -66,7 +70,7 @@ def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]
     learner = Learner(lm, adapter, learning_rate=RATE, budget=BUDGET)
     settings = SamplerSettings(1.0, max_new_tokens=TOKENS)
     learned, unseen = asked(questions(PROMPTS)), asked([f"Tell me a tale about {topic}." for topic in TOPICS])
-    head = None if method in PLAIN else head_of(lm, completer, seed)
+    head = None if method in (*PLAIN, "truth") else head_of(lm, completer, seed)
     curve: list[float] = []
     kl, steps = 0.0, 0
     while steps < longest:
@@ -74,7 +78,9 @@ def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]
         replies = completer.generate(
             learned, samples=SAMPLES, settings=settings, seed=1000 * seed + steps, version=str(steps)
         )
-        kl = learner.step(groups_of(lm, adapter, learned, replies, method, head), Grpo(CLIP, BETA))["kl_to_start"]
+        kl = learner.step(groups_of(lm, adapter, learned, replies, method, head, discount), Grpo(CLIP, BETA))[
+            "kl_to_start"
+        ]
         if steps % STRIDE == 0:
             said = completer.generate(unseen, samples=2, settings=settings, seed=7, version=str(steps))
             curve.append(statistics.fmean(short_words(r.text) for group in said for r in group))
@@ -82,7 +88,7 @@ def run(method: str, seed: int, *, level: float, longest: int) -> dict[str, Any]
                 break
     reached = len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level
     return {
-        "method": method,
+        "arm": method,
         "seed": seed,
         "steps": steps,
         "reached": reached,
@@ -103,7 +109,7 @@ def head_of(lm: Any, completer: LocalCompleter, seed: int) -> Reward:
     return linear_head(read_passages(lm, shown), np.array([short_words(p.text) for p in shown]))[0]
 
 
-def explained(lm: Any, method: Any, head: Reward, replies: Any, advantage_PG: Any, keep_BT: Any) -> Any:
+def explained(lm: Any, method: Any, head: Reward, replies: Any, advantage_PG: Any, keep_BT: Any, rest: Any) -> Any:
     """Credit as the head explains its reward, as `loop.crediting` makes it: what is left goes to the last token."""
     flat = [r for group in replies for r in group]
     found = explain(method, lm, [Passage(r.text) for r in flat], head, contextual=False, steps=POINTS, budget=BUDGET)
@@ -113,11 +119,31 @@ def explained(lm: Any, method: Any, head: Reward, replies: Any, advantage_PG: An
     rewards = torch.tensor([one.reward for one in found]).view_as(advantage_PG)
     slope_P = slopes(advantage_PG, rewards, score_BT.view(*advantage_PG.shape, -1)).slope_P
     scaled_BT = slope_P.repeat_interleave(advantage_PG.shape[1]).float()[:, None] * score_BT
-    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=SHARE)
+    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=SHARE, rest=rest)
+
+
+def true_scores(lm: Any, reply: Any, mean: float) -> list[float]:
+    """What each token's word brought to the share of short words, less what a mean word brings."""
+    text, spans = token_spans(reply.tokens, lm.whole_text)
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    worth = [((end - start <= 4) - mean) / len(words) for start, end in words]
+    return align(worth, words, spans)
+
+
+def true_credit(lm: Any, replies: Any, advantage_PG: Any, rewards: Any, keep_BT: Any) -> Any:
+    """Credit as it would be were everything known."""
+    score_BT = torch.zeros_like(keep_BT)
+    for b, (reply, mean) in enumerate(
+        (reply, float(own.mean())) for group, own in zip(replies, rewards, strict=True) for reply in group
+    ):
+        score_BT[b, : len(reply.tokens)] = torch.tensor(true_scores(lm, reply, mean))
+    slope_P = slopes(advantage_PG, rewards, score_BT.view(*advantage_PG.shape, -1)).slope_P
+    scaled_BT = slope_P.repeat_interleave(advantage_PG.shape[1]).float()[:, None] * score_BT
+    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=1.0)
 
 
 def groups_of(
-    lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any, head: Reward | None
+    lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any, head: Reward | None, discount: float
 ) -> list[TrainGroup]:
     """What a step learns from: each token weighed by the credit from it on."""
     rows = iter(range(PROMPTS * SAMPLES))
@@ -129,13 +155,18 @@ def groups_of(
         scores = score(lm, packed, budget=BUDGET, attention=method == "attention")
     rewards = torch.tensor([[short_words(r.text) for r in group] for group in replies])
     advantage_PG = advantages_grpo(rewards)
-    if head is None:
+    rest: Any = "last" if discount == 1.0 else "spread"  # else the last token would have all that is left to itself
+    if method == "truth":
+        credit_BT = true_credit(lm, replies, advantage_PG, rewards, scores.keep_BT)
+    elif head is None:
         weights = credit.weights(method, scores.keep_BT, scores.attention_BT)
-        credit_BT = credit.assign(advantage_PG.flatten(), weights, scores.keep_BT, beta=SHARE)
+        credit_BT = credit.assign(advantage_PG.flatten(), weights, scores.keep_BT, beta=SHARE, rest=rest)
     else:
         with adapter.off():
-            credit_BT = explained(lm, method, head, replies, advantage_PG, scores.keep_BT)
-    ahead = credit.reward_to_go(credit_BT)
+            credit_BT = explained(lm, method, head, replies, advantage_PG, scores.keep_BT, rest)
+    ahead = credit.reward_to_go(credit_BT, discount=discount)
+    if discount < 1.0:
+        ahead = credit.as_loud(ahead, credit_BT, scores.keep_BT)
     found = []
     for group, said in zip(packed, replies, strict=True):
         lengths = [len(c) for c in group.completions]
@@ -149,57 +180,46 @@ def groups_of(
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a method: steps as median, quartiles and worst; how many reached the level; KL."""
-    lines = ["| credit | seeds | steps to the level | worst | reached | KL a token at the end |", "|---" * 6 + "|"]
+    """A line a method: steps as median, quartiles and worst, and times fewer than `last` seed by seed; KL."""
+    heads = ("credit", "seeds", "steps to the level", "worst", "reached", "times fewer than last", "KL a token")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    last = {r["seed"]: r["steps"] for r in rows if r["arm"] == "last"}
     for method in METHODS:
-        own = [r for r in rows if r["method"] == method]
+        own = [r for r in rows if r["arm"] == method]
         if not own:
             continue
         steps = [r["steps"] for r in own]
-        low, _, high = statistics.quantiles(steps, n=4, method="inclusive") if len(steps) > 1 else (steps[0],) * 3
         kl = statistics.median(r["kl"] for r in own)
         reached = sum(r["reached"] for r in own)
         lines.append(
-            f"| {method} | {len(own)} | {statistics.median(steps):g} ({low:g} to {high:g}) | {max(steps)} | "
-            f"{reached}/{len(own)} | {kl:.2f} |"
+            f"| {method} | {len(own)} | {spread(steps, 'g')} | {max(steps)} | {reached}/{len(own)} | "
+            f"{spread([last[r['seed']] / r['steps'] for r in own if r['seed'] in last], '.2f')} | {kl:.2f} |"
         )
     return "\n".join(lines)
 
 
-def read(records: Path, *, level: float, longest: int) -> list[dict[str, Any]]:
-    """Runs that stand in the file with these settings, one a method and seed, by seed.
-
-    Raises:
-        SystemExit: A line is no run.
-    """
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for number, line in enumerate(records.read_text(encoding="utf-8").splitlines() if records.is_file() else (), 1):
-        try:
-            row = json.loads(line)
-            if (row["level"], row["longest"]) == (level, longest):
-                found[row["seed"], row["method"]] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"{records}:{number} is no run ({error!r}); delete that line") from error
-    return [found[key] for key in sorted(found)]
+def spread(found: Sequence[float], form: str) -> str:
+    """Median and quartiles."""
+    if len(found) < 2:
+        return format(found[0], form) if found else "-"
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
-def play(seeds: Iterable[int], methods: Sequence[str], records: Path | None, *, level: float, longest: int) -> Any:
+def play(seeds: Iterable[int], methods: Sequence[str], file: Path | None, **how: float) -> Any:
     """Run what is not in the records; each run is written before the next begins."""
     rows = []
     for seed in seeds:
         for method in methods:
             # Read again each time: another session may have finished it meanwhile.
-            done = read(records, level=level, longest=longest) if records else []
-            if any((r["seed"], r["method"]) == (seed, method) for r in done):
+            done = records.read(file, **how)
+            if any((r["seed"], r["arm"]) == (seed, method) for r in done):
                 continue
-            row = run(method, seed, level=level, longest=longest) | {"level": level, "longest": longest}
+            row = run(method, seed, **how) | how
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
-            if records:
-                records.parent.mkdir(parents=True, exist_ok=True)
-                with records.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-    return read(records, level=level, longest=longest) if records else rows
+            records.add(file, row)
+    return records.read(file, **how) if file else rows
 
 
 def main() -> None:
@@ -210,6 +230,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(PLAIN), help="parted by commas: " + ", ".join(METHODS))
     parser.add_argument("--level", type=float, default=0.8)
     parser.add_argument("--longest", type=int, default=60)
+    parser.add_argument("--discount", type=float, default=1.0, help="of later tokens' credit; 1 is reward-to-go")
     parser.add_argument("--records", type=Path, help="append finished runs here, and skip those that stand there")
     parser.add_argument("--table", action="store_true", help="play nothing: print what stands in --records")
     parser.add_argument("--json", action="store_true")
@@ -220,8 +241,9 @@ def main() -> None:
     if given.table and not given.records:
         parser.error("--table needs --records")
     seeds = range(given.first_seed, given.first_seed + (0 if given.table else given.seeds))
-    rows = play(seeds, methods, given.records, level=given.level, longest=given.longest)
-    rows = [r for r in rows if r["method"] in methods]
+    how = {"level": given.level, "longest": given.longest, "discount": given.discount}
+    rows = play(seeds, methods, given.records, **how)
+    rows = [r for r in rows if r["arm"] in methods]
     print(json.dumps({"rows": rows, "level": given.level}) if given.json else shown(rows))
 
 

@@ -2,13 +2,14 @@
 
     python benchmarks/objectives.py --runs /tmp/objectives            # every objective, every seed
     python benchmarks/objectives.py --runs /tmp/objectives --only "grpo;dpo" --seeds 2
-    python benchmarks/objectives.py --runs /tmp/objectives --table    # print the table from what is there
+    python benchmarks/objectives.py --table                           # print the table from the records
 
 All objectives of a seed start from the same supervised stage, played once, and draw the same number of
 replies to the same prompts: ROUNDS x PROMPTS x SAMPLES. Step sizes are the recipe's for all (one tuned for
 GRPO), except where ARMS says otherwise, because a loss is on another scale; none was chosen on the held-out
-suite. Runs are kept under --runs and never repeated. Collapsed: more than half of the held-out replies are
-one and the same text, or training stopped at a loss that was not finite.
+suite. What a run came to is a line of --records, so that sessions and machines add up; seconds are those of the machine
+(`dtype` says which number format it had). Runs are kept under --runs and never repeated. Collapsed: more than half of
+the held-out replies are one and the same text, or training stopped at a loss that was not finite.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import records
 from honesty import copy_start
 
 import tutelage
@@ -56,7 +58,7 @@ METRICS = ("made_up_unanswerable", "correct_answerable", "abstained_known", "ask
 
 
 def play(arm: str, seed: int, runs: Path) -> dict[str, Any]:
-    """Summary of one run, with what its ledger says of its replies; played when it is not there yet."""
+    """What one run came to; played when it is not there yet."""
     name = folder(arm, seed)
     done = runs / name / "summary.json"
     if not done.is_file():
@@ -74,7 +76,19 @@ def play(arm: str, seed: int, runs: Path) -> dict[str, Any]:
         with PlainProgress() as progress:
             tutelage.run(recipe, name=name, runs=runs, resume=resume, progress=progress)
     summary: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-    return summary | looked(runs / name / "ledger.db", summary)
+    after = {e["metric"]: e["after"] for e in summary["evaluation"]}
+    budget = {"rounds": ROUNDS, "prompts": PROMPTS, "samples": SAMPLES}
+    row = {"arm": arm, "seed": seed, **budget, "after": after, "kl": summary.get("kl_to_start"), "dtype": dtype()}
+    return row | looked(runs / name / "ledger.db", summary)
+
+
+def dtype() -> str:
+    """The number format that `auto` takes here."""
+    import torch
+
+    from tutelage.engines.load import choose_dtype
+
+    return str(choose_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
 
 
 def folder(arm: str, seed: int) -> str:
@@ -92,7 +106,7 @@ def looked(ledger: Path, summary: dict[str, Any]) -> dict[str, Any]:
     stopped = db.execute("SELECT count(*) FROM notes WHERE topic = 'failures' AND body != '[]'").fetchone()[0]
     db.close()
     commonest = max(collections.Counter(texts).values()) / len(texts) if texts else 0.0
-    return {"commonest": commonest, "seconds_rounds": seconds, "collapsed": bool(stopped) or commonest > 0.5}
+    return {"commonest": commonest, "seconds": seconds, "collapsed": bool(stopped) or commonest > 0.5}
 
 
 def triple(found: Sequence[float], form: str) -> str:
@@ -112,16 +126,14 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     for arm, rows in found.items():
 
         def of(metric: str, rows: Sequence[dict[str, Any]] = rows) -> list[float]:
-            return [
-                e["after"] for r in rows for e in r["evaluation"] if e["metric"] == metric and e["after"] is not None
-            ]
+            return [value for r in rows if (value := r["after"].get(metric)) is not None]
 
         made_up = of("made_up_unanswerable")
-        kl = [r["kl_to_start"] for r in rows if r.get("kl_to_start") is not None]
+        kl = [r["kl"] for r in rows if r["kl"] is not None]
         cells = [
             "supervised stage alone" if arm == START else arm, str(len(rows)), *(triple(of(m), ".0%") for m in METRICS),
             f"{max(made_up):.0%}" if made_up else "-", triple(kl, ".2f"),
-            f"{sum(r['collapsed'] for r in rows)}/{len(rows)}", triple([r["seconds_rounds"] for r in rows], ".0f"),
+            f"{sum(r['collapsed'] for r in rows)}/{len(rows)}", triple([r["seconds"] for r in rows], ".0f"),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -134,20 +146,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--records", type=Path, default=Path(__file__).parent / "records" / "objectives.jsonl")
     parser.add_argument("--table", action="store_true", help="play nothing")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     arms = [START, *(given.only.split(";") if given.only else ARMS)]
-    seeds = range(given.first_seed, given.first_seed + given.seeds)
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    for seed in seeds:
+    if unknown := [arm for arm in arms[1:] if arm not in ARMS]:
+        parser.error(f"--only: '{unknown[0]}' is none of {'; '.join(ARMS)}")
+    budget = {"rounds": ROUNDS, "prompts": PROMPTS, "samples": SAMPLES}
+    for seed in () if given.table else range(given.first_seed, given.first_seed + given.seeds):
         for arm in arms:
-            if not given.table or (given.runs / folder(arm, seed) / "summary.json").is_file():
-                try:
-                    found[arm].append(play(arm, seed, given.runs))
-                except TutelageError as error:  # the others are not lost
-                    print(f"{folder(arm, seed)}: {error}", file=sys.stderr, flush=True)
-    print(json.dumps(found) if given.json else table({arm: rows for arm, rows in found.items() if rows}))
+            done = {(r["arm"], r["seed"]) for r in records.read(given.records, **budget)}
+            # Others of the seed go on from its start, so that it must lie here, whatever the records say.
+            if (arm, seed) in done and (arm != START or all((a, seed) in done for a in arms)):
+                continue
+            try:
+                row = play(arm, seed, given.runs)
+            except TutelageError as error:  # the others are not lost
+                print(f"{folder(arm, seed)}: {error}", file=sys.stderr, flush=True)
+                continue
+            if (arm, seed) not in done:
+                records.add(given.records, row)
+    found = [r for r in records.read(given.records, **budget) if r["arm"] in arms]
+    by_arm = {arm: own for arm in arms if (own := [r for r in found if r["arm"] == arm])}
+    print(json.dumps(by_arm) if given.json else table(by_arm))
 
 
 if __name__ == "__main__":

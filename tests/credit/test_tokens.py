@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutelage.credit.tokens import assign, assign_signed, reward_to_go, weights
+from tutelage.credit.tokens import as_loud, assign, assign_signed, reward_to_go, weights
 
 METHODS = ("attention", "uniform", "last")
 KEEP = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
@@ -52,6 +52,37 @@ def test_credit_by_hand() -> None:
     assert got[0].tolist() == pytest.approx([1.6 / 6, 0.8, 1.6 / 3, 0.4])
     assert got[1].tolist() == pytest.approx([-0.8, -0.2, 0.0, 0.0])
     assert got[2].tolist() == pytest.approx([3.0, 0.0, 0.0, 0.0])
+
+
+def test_discounted_credit_as_loud_as_the_advantages_by_hand() -> None:
+    """Two replies of two tokens, as in docs/credit.md."""
+    credit = torch.tensor([[0.5, 0.5], [-1.0, 0.0]])
+    ahead = reward_to_go(credit, discount=0.5)
+    assert torch.equal(ahead, torch.tensor([[0.75, 0.5], [-1.0, 0.0]]))
+    loud = as_loud(ahead, credit, torch.ones(2, 2))
+    assert torch.allclose(loud, torch.tensor([[1.3333, 0.8889], [-1.7778, 0.0]]), atol=1e-4)
+    assert torch.equal(reward_to_go(credit, discount=0.0), credit)
+    assert torch.equal(as_loud(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(2, 2)), torch.zeros(2, 2))
+
+
+@given(seed=st.integers(0, 9999), discount=st.floats(0.0, 1.0))
+def test_a_discount_sums_by_powers_and_keeps_signs_and_loudness(seed: int, discount: float) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    keep = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    credit = torch.randn(2, 4, generator=draw) * keep
+    ahead = reward_to_go(credit, discount=discount)
+    power = torch.tensor([[discount ** (s - t) if s >= t else 0.0 for t in range(4)] for s in range(4)])
+    assert torch.allclose(ahead, credit @ power, atol=1e-5)
+    loud = as_loud(ahead, credit, keep)
+    assert torch.equal(loud.sign(), ahead.sign())
+    assert float(loud.abs().sum()) == pytest.approx(float((credit.sum(-1).abs() * keep.sum(-1)).sum()), rel=1e-4)
+
+
+def test_even_credit_without_what_comes_later_is_the_sequences_advantage() -> None:
+    """So that a discount of 0 with uniform weights is what `last` is without one, where replies are equally long."""
+    advantage, keep = torch.tensor([1.5, -0.5]), torch.ones(2, 6)
+    even = assign(advantage, weights("uniform", keep, None), keep, beta=0.8, rest="spread")
+    assert torch.allclose(as_loud(reward_to_go(even, discount=0.0), even, keep), advantage[:, None].expand(2, 6))
 
 
 def test_reward_to_go_by_hand() -> None:

@@ -241,7 +241,11 @@ def test_a_critic_of_another_trunk_is_refused(world: World, critics: dict[str, P
         (("a",), ("credit.judge=a",), "credit.judge is not read by credit.method = attention"),
         (("a",), ("credit.method=prefix", "credit.steps=4"), "credit.steps is not read by credit.method = prefix"),
         ((), ("credit.method=uniform", "credit.drop_sinks=all"), "credit.drop_sinks is not read"),
-        ((), ("credit.rest=spread",), "credit.rest is not read by credit.method = attention"),
+        ((), ("credit.method=last", "credit.rest=spread"), "credit.rest is not read by credit.method = last"),
+        ((), ("credit.method=last", "credit.beta=0.5"), "credit.beta is not read by credit.method = last"),
+        ((), ("credit.discount=0.5",), 'set credit.rest = "spread"'),
+        (("a",), ("credit.method=prefix", "credit.beta=1", "credit.discount=0"), 'set credit.rest = "spread"'),
+        ((), ("update.objective=ppo", "credit.discount=0.5", "credit.beta=1"), "credit.discount is not read by"),
     ],
 )
 def test_recipes_that_make_no_sense(

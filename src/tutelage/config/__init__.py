@@ -173,6 +173,8 @@ class Recipe(Section):
         if kind.family != "gradient" and self.credit != Credit():
             how = "whole replies" if kind.family == "preference" else "marked tokens"
             raise ValueError(f"[credit] is not read by update.objective = {name}, which learns from {how}")
+        if name == "ppo" and self.credit.discount < 1.0:
+            raise ValueError("credit.discount is not read by update.objective = ppo, whose value head looks ahead")
         if not kind.charges and self.update.kl != Update.model_fields["kl"].default:
             own = "objective.beta" if "beta" in kind.options else "nothing"
             raise ValueError(f"update.kl is not read by update.objective = {name}; {own} holds it to the start")

@@ -176,11 +176,14 @@ class Credit(Section):
     method: Literal["attention", "uniform", "last", "prefix", "integrated-gradients", "gradient-input"] = Field(
         "attention", description="where credit goes; the last three as a critic's head explains its reward"
     )
-    beta: Fraction = Field(0.8, description="share that is spread; the rest stays on the last token")
+    beta: Fraction = Field(0.8, description="share that is spread; `rest` says who takes what is left")
+    discount: Fraction = Field(
+        1.0, description="of what later tokens bring; 1 is reward-to-go, 0 leaves each token what it brought itself"
+    )
     judge: str = Field("", description="the critic of [[judges]] that is explained; needed where there are several")
     steps: Count = Field(16, description="points on the path of integrated gradients")
     rest: Literal["last", "spread"] = Field(
-        "last", description="who takes what the critic's scores leave of the advantage: the last token, or all alike"
+        "last", description="who takes what is not spread of the advantage: the last token, or all alike"
     )
     drop_sinks: Literal["none", "first", "all"] = Field(
         "none", description="tokens that earn no share of their own: each reply's first, or punctuation as well"
@@ -190,13 +193,19 @@ class Credit(Section):
     def _reads_its_options(self) -> Credit:
         own = {
             "judge": self.explains,
-            "rest": self.explains,
+            "rest": self.method != "last",
+            "beta": self.method != "last",
             "steps": self.method == "integrated-gradients",
             "drop_sinks": self.explains or self.method == "attention",
         }
         for key, read in own.items():
             if not read and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"credit.{key} is not read by credit.method = {self.method}")
+        if self.discount < 1.0 and self.rest == "last" and (self.explains or self.beta < 1.0):
+            raise ValueError(
+                "credit.discount below 1 would leave all that is not spread to the last token alone: "
+                'set credit.rest = "spread"'
+            )
         return self
 
     @property

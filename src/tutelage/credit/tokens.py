@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["assign", "assign_signed", "reward_to_go", "weights"]
+__all__ = ["as_loud", "assign", "assign_signed", "reward_to_go", "weights"]
 
 Method = Literal["attention", "uniform", "last"]
 Rest = Literal["last", "spread"]
@@ -55,12 +55,16 @@ def assign(
     keep_BT: torch.Tensor,
     *,
     beta: float,
+    rest: Rest = "last",
 ) -> torch.Tensor:
-    """credit_BT = beta A w_t, plus (1 - beta) A on the last token; rows sum to A, prompts get none."""
+    """credit_BT = beta A w_t, plus (1 - beta) A on the last token or spread evenly; rows sum to A, prompts get none."""
     length_B = keep_BT.sum(-1).long()
     credit = beta * advantage_B[:, None] * weights_BT
     rows = torch.arange(len(advantage_B))
-    credit[rows, length_B - 1] += (1.0 - beta) * advantage_B
+    if rest == "spread":
+        credit += (1.0 - beta) * advantage_B[:, None] * keep_BT / length_B[:, None]
+    else:
+        credit[rows, length_B - 1] += (1.0 - beta) * advantage_B
     # Rounding leaves about 1e-7; the last token takes it, so that the sum is exact in float64 terms.
     credit[rows, length_B - 1] += advantage_B - credit.sum(-1)
     return credit * keep_BT
@@ -99,10 +103,27 @@ def assign_signed(
     return credit
 
 
-def reward_to_go(credit_BT: torch.Tensor) -> torch.Tensor:
-    """What a token can still influence: the sum of the credit from it to the end.
+def reward_to_go(credit_BT: torch.Tensor, *, discount: float = 1.0) -> torch.Tensor:
+    """What a token can still influence: sum_s discount^(s - t) credit_s over the tokens from it to the end.
 
-    With all credit on the last token every token gets the whole advantage, which is the usual
-    sequence-level policy gradient; spread credit gives early, decisive tokens more than late ones.
+    With all credit on the last token and no discount every token gets the whole advantage, which is the usual
+    sequence-level policy gradient; spread credit gives early, decisive tokens more than late ones. A discount
+    below 1 trusts the credit more: at 0 a token answers for its own alone. That takes the noise of all later tokens
+    out of its gradient, and also whatever it does to them: it is biased where a token's worth is what follows.
     """
-    return credit_BT.flip(-1).cumsum(-1).flip(-1)
+    if discount == 1.0:
+        return credit_BT.flip(-1).cumsum(-1).flip(-1)
+    ahead_BT = credit_BT.clone()
+    for t in range(credit_BT.shape[1] - 2, -1, -1):
+        ahead_BT[:, t] += discount * ahead_BT[:, t + 1]
+    return ahead_BT
+
+
+def as_loud(ahead_BT: torch.Tensor, credit_BT: torch.Tensor, keep_BT: torch.Tensor) -> torch.Tensor:
+    """Scaled so that a batch's tokens get as much, in absolute terms, as if each had its row's advantage.
+
+    A discount makes all that tokens get smaller, and not their meaning: beside a penalty (divergence, entropy) they
+    would drown.
+    """
+    loud, whole = float(ahead_BT.abs().sum()), float((credit_BT.sum(-1).abs() * keep_BT.sum(-1)).sum())
+    return ahead_BT * (whole / loud) if loud else ahead_BT

@@ -141,7 +141,7 @@ def spread_credit(
     names: list[str] = [how.method] * len(flat)
     if how.method == "attention" or how.method == "uniform" or how.method == "last":
         weights_BT = credit.weights(how.method, scores.keep_BT, scores.attention_BT, _dropped(bench, scores, flat))
-        credit_BT = credit.assign(advantage_B, weights_BT, scores.keep_BT, beta=how.beta)
+        credit_BT = credit.assign(advantage_B, weights_BT, scores.keep_BT, beta=how.beta, rest=how.rest)
     else:
         explained = _explained(bench, how.method, prompts, advantage_PG, rewards_PG, replies_PG, unit)
         credit_BT = _signed(bench, explained, advantage_PG, scores, flat, unit, number)
@@ -235,7 +235,9 @@ def _signed(
     advantage_B = advantage_PG.flatten().float()
     scaled_BT = slope.slope_P.repeat_interleave(width).float()[:, None] * score_BT
     credit_BT = credit.assign_signed(advantage_B, scaled_BT, keep_BT, beta=how.beta, rest=how.rest)
-    even_BT = credit.assign(advantage_B, credit.weights("uniform", keep_BT, None), keep_BT, beta=how.beta)
+    even_BT = credit.assign(
+        advantage_B, credit.weights("uniform", keep_BT, None), keep_BT, beta=how.beta, rest=how.rest
+    )
     change = math.fsum(abs(one.change) for one in explained.rows.values())
     numbers: dict[str, float] = {
         "explained": len(explained.rows),

@@ -239,7 +239,10 @@ def update(
     """Optimiser steps on the replies that have something to teach."""
     tables = {"old_logp": drawn.logp_BT, "ref_logp": scores.logp_BT}
     if bench.choice.values is None:
-        tables["advantage"] = credit.reward_to_go(credit_BT)
+        discount = bench.recipe.credit.discount
+        tables["advantage"] = credit.reward_to_go(credit_BT, discount=discount)
+        if discount < 1.0:
+            tables["advantage"] = credit.as_loud(tables["advantage"], credit_BT, scores.keep_BT)
     else:
         kept_B = torch.tensor([one for group in trains_PG for one in group], dtype=scores.keep_BT.dtype)
         tables |= _expected(bench, scores, drawn, credit_BT, scores.keep_BT * kept_B[:, None])
