@@ -1,20 +1,22 @@
-"""Steps to a level of reward by how credit is spread over a reply's tokens: attention, uniform, all on the last.
+"""Steps to a level of reward by how credit is spread over a reply's tokens.
 
-    python benchmarks/credit.py                       # ten seeds, three methods
+    python benchmarks/credit.py                       # ten seeds of ARMS
     python benchmarks/credit.py --seeds 3 --json
-    python benchmarks/credit.py --records credit.jsonl --first-seed 4 --seeds 2 --methods last,uniform
+    python benchmarks/credit.py --records credit.jsonl --first-seed 4 --seeds 2 --arms last,prefix@0
     python benchmarks/credit.py --records credit.jsonl --table     # play nothing, print what is there
 
-SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, GRPO with reward-to-go, 4 prompts x 8
-replies x 16 tokens a step, rate 2e-4, KL coefficient 0.04. The reward is the share of a reply's words that have
-at most four letters, so truth about credit is known: each word earns its own. Every STRIDE steps the policy is
-measured on 16 prompts that it never learns from, 2 replies each. A run ends when the mean of its last two
-measurements has reached --level, or after --longest steps, which then counts as its number. `last` is the usual
-sequence-level reward: with reward-to-go every token gets the whole advantage. The methods prefix,
+SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, GRPO, 2 prompts x 4 replies x 32 tokens a step, rate 4e-4, KL
+coefficient 0.04: so few replies that noise decides (with 4 x 8 x 16 at 2e-4 not even the truth was of use). The reward
+is the share of a reply's words that have at most four letters, so truth about credit is known: each word earns its own.
+Every STRIDE steps the policy is measured on 16 prompts that it never learns from, 2 replies each. A run ends when the
+mean of its last two measurements has reached --level, or after --longest steps, which then counts as its number.
+
+An arm is a method, behind @ its discount (without: 1, reward-to-go). `last` is the usual sequence-level reward: every
+token gets the whole advantage. `decomposed` learns as it goes what tokens bring, from the same rewards. prefix,
 integrated-gradients and gradient-input explain a head (ridge regression on the trunk's features) that was fitted on
-the rewards of HEARD whole replies of the start model; these replies are theirs alone and count as no step. `truth`
-gives each word's tokens what the word brought, above the group's mean: the ceiling for any credit. With --records every
-finished run is appended to a file at once and never repeated, so that several sessions can add up.
+the rewards of HEARD whole replies of the start model, which count as no step. `truth` gives each word's tokens what
+the word brought, above the group's mean: the ceiling for any credit. With --records every finished run is appended to a
+file at once and never repeated, so that several sessions can add up.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from credit_truth import linear_head
 from grpo_vs_trl import ALPHA, BETA, CLIP, RANK, TOPICS, endless, questions, short_words
 
 from tutelage.credit import tokens as credit
+from tutelage.credit.decomposition import Decomposition
 from tutelage.credit.signed import slopes
 from tutelage.credit.spans import align, token_spans
+from tutelage.engines.features import reply_states
 from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
@@ -50,9 +54,10 @@ from tutelage.policy.lora import attach
 from tutelage.records import Message, Prompt, SamplerSettings
 
 PLAIN = ("attention", "uniform", "last")
-METHODS = (*PLAIN, *get_args(SignedMethod), "truth")
+METHODS = (*PLAIN, "decomposed", *get_args(SignedMethod), "truth")
 HEARD, POINTS = 256, 8  # replies that a head learns from; points on the path of integrated gradients
-PROMPTS, SAMPLES, TOKENS, RATE, STRIDE, BUDGET = 4, 8, 16, 2e-4, 2, 640
+PROMPTS, SAMPLES, TOKENS, RATE, STRIDE, BUDGET = 2, 4, 32, 4e-4, 4, 640
+ARMS = ("last", "uniform", "attention", "attention@0", "decomposed@0")
 SHARE = 0.8  # of the advantage that is spread; the recipe's
 
 
@@ -61,8 +66,10 @@ def asked(texts: Sequence[str]) -> list[Prompt]:
     return [Prompt(text, (Message("user", text),)) for text in texts]
 
 
-def run(method: str, seed: int, *, level: float, longest: int, discount: float) -> dict[str, Any]:
+def run(arm: str, seed: int, *, level: float, longest: int) -> dict[str, Any]:
     """One training: steps it took, the curve on unseen prompts, KL a token at the end."""
+    method, _, later = arm.partition("@")
+    discount = float(later or 1.0)
     torch.manual_seed(seed)
     lm = load_model("smollm2-135m-instruct")  # bfloat16 only where the processor has it
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=seed)
@@ -70,7 +77,11 @@ def run(method: str, seed: int, *, level: float, longest: int, discount: float) 
     learner = Learner(lm, adapter, learning_rate=RATE, budget=BUDGET)
     settings = SamplerSettings(1.0, max_new_tokens=TOKENS)
     learned, unseen = asked(questions(PROMPTS)), asked([f"Tell me a tale about {topic}." for topic in TOPICS])
-    head = None if method in (*PLAIN, "truth") else head_of(lm, completer, seed)
+    head: Reward | Decomposition | None = None
+    if method == "decomposed":
+        head = Decomposition(lm.head_VD.shape[1])
+    elif method in get_args(SignedMethod):
+        head = head_of(lm, completer, seed)
     curve: list[float] = []
     kl, steps = 0.0, 0
     while steps < longest:
@@ -88,7 +99,7 @@ def run(method: str, seed: int, *, level: float, longest: int, discount: float) 
                 break
     reached = len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level
     return {
-        "arm": method,
+        "arm": arm,
         "seed": seed,
         "steps": steps,
         "reached": reached,
@@ -122,6 +133,23 @@ def explained(lm: Any, method: Any, head: Reward, replies: Any, advantage_PG: An
     return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=SHARE, rest=rest)
 
 
+def decomposed(
+    lm: Any, packed: Any, told: Decomposition, rewards: Any, advantage_PG: Any, keep_BT: Any, rest: Any
+) -> Any:
+    """Credit as the rewards of all steps so far tell, as `loop.crediting` makes it."""
+    state_BTF = torch.zeros(*keep_BT.shape, told.size)
+    for row, state_TF in reply_states(lm, packed, depth=0.0, budget=BUDGET):
+        state_BTF[row, : len(state_TF)] = state_TF
+    mean_PGF = state_BTF.mean(1).view(*rewards.shape, -1)  # every reply has its full length
+    told.add(mean_PGF, rewards)
+    weight_F = told.fit().weight_F
+    centre_B = (mean_PGF @ weight_F).mean(-1).repeat_interleave(rewards.shape[1])
+    score_BT = (state_BTF @ weight_F - centre_B[:, None]) / keep_BT.shape[1]
+    slope_P = slopes(advantage_PG, rewards, score_BT.view(*rewards.shape, -1)).slope_P
+    scaled_BT = slope_P.repeat_interleave(rewards.shape[1]).float()[:, None] * score_BT
+    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=SHARE, rest=rest)
+
+
 def true_scores(lm: Any, reply: Any, mean: float) -> list[float]:
     """What each token's word brought to the share of short words, less what a mean word brings."""
     text, spans = token_spans(reply.tokens, lm.whole_text)
@@ -143,7 +171,7 @@ def true_credit(lm: Any, replies: Any, advantage_PG: Any, rewards: Any, keep_BT:
 
 
 def groups_of(
-    lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any, head: Reward | None, discount: float
+    lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any, head: Any, discount: float
 ) -> list[TrainGroup]:
     """What a step learns from: each token weighed by the credit from it on."""
     rows = iter(range(PROMPTS * SAMPLES))
@@ -158,6 +186,9 @@ def groups_of(
     rest: Any = "last" if discount == 1.0 else "spread"  # else the last token would have all that is left to itself
     if method == "truth":
         credit_BT = true_credit(lm, replies, advantage_PG, rewards, scores.keep_BT)
+    elif isinstance(head, Decomposition):
+        with adapter.off():
+            credit_BT = decomposed(lm, packed, head, rewards, advantage_PG, scores.keep_BT, rest)
     elif head is None:
         weights = credit.weights(method, scores.keep_BT, scores.attention_BT)
         credit_BT = credit.assign(advantage_PG.flatten(), weights, scores.keep_BT, beta=SHARE, rest=rest)
@@ -184,15 +215,13 @@ def shown(rows: Sequence[dict[str, Any]]) -> str:
     heads = ("credit", "seeds", "steps to the level", "worst", "reached", "times fewer than last", "KL a token")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     last = {r["seed"]: r["steps"] for r in rows if r["arm"] == "last"}
-    for method in METHODS:
-        own = [r for r in rows if r["arm"] == method]
-        if not own:
-            continue
+    for arm in dict.fromkeys(r["arm"] for r in rows):
+        own = [r for r in rows if r["arm"] == arm]
         steps = [r["steps"] for r in own]
         kl = statistics.median(r["kl"] for r in own)
         reached = sum(r["reached"] for r in own)
         lines.append(
-            f"| {method} | {len(own)} | {spread(steps, 'g')} | {max(steps)} | {reached}/{len(own)} | "
+            f"| {arm} | {len(own)} | {spread(steps, 'g')} | {max(steps)} | {reached}/{len(own)} | "
             f"{spread([last[r['seed']] / r['steps'] for r in own if r['seed'] in last], '.2f')} | {kl:.2f} |"
         )
     return "\n".join(lines)
@@ -206,20 +235,25 @@ def spread(found: Sequence[float], form: str) -> str:
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
-def play(seeds: Iterable[int], methods: Sequence[str], file: Path | None, **how: float) -> Any:
+def play(seeds: Iterable[int], arms: Sequence[str], file: Path | None, **how: float) -> Any:
     """Run what is not in the records; each run is written before the next begins."""
     rows = []
     for seed in seeds:
-        for method in methods:
+        for arm in arms:
             # Read again each time: another session may have finished it meanwhile.
-            done = records.read(file, **how)
-            if any((r["seed"], r["arm"]) == (seed, method) for r in done):
+            if any((r["seed"], r["arm"]) == (seed, arm) for r in records.read(file, **how)):
                 continue
-            row = run(method, seed, **how) | how
+            row = run(arm, seed, **how) | how
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
             records.add(file, row)
     return records.read(file, **how) if file else rows
+
+
+def is_arm(arm: str) -> bool:
+    """A method, with a discount or without."""
+    method, at, discount = arm.partition("@")
+    return method in METHODS and (not at or bool(re.fullmatch(r"0(\.\d+)?|1", discount)))
 
 
 def main() -> None:
@@ -227,23 +261,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--methods", default=",".join(PLAIN), help="parted by commas: " + ", ".join(METHODS))
-    parser.add_argument("--level", type=float, default=0.8)
-    parser.add_argument("--longest", type=int, default=60)
-    parser.add_argument("--discount", type=float, default=1.0, help="of later tokens' credit; 1 is reward-to-go")
+    parser.add_argument("--arms", default=",".join(ARMS), help="METHOD or METHOD@DISCOUNT of " + ", ".join(METHODS))
+    parser.add_argument("--level", type=float, default=0.85)
+    parser.add_argument("--longest", type=int, default=96)
     parser.add_argument("--records", type=Path, help="append finished runs here, and skip those that stand there")
     parser.add_argument("--table", action="store_true", help="play nothing: print what stands in --records")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    methods = given.methods.split(",")
-    if unknown := [m for m in methods if m not in METHODS]:
-        parser.error(f"--methods: '{unknown[0]}' is none of {', '.join(METHODS)}")
+    arms = given.arms.split(",")
+    if unknown := [arm for arm in arms if not is_arm(arm)]:
+        parser.error(
+            f"--arms: '{unknown[0]}' is none of {', '.join(METHODS)}, with a discount from 0 to 1 behind @ or without"
+        )
     if given.table and not given.records:
         parser.error("--table needs --records")
     seeds = range(given.first_seed, given.first_seed + (0 if given.table else given.seeds))
-    how = {"level": given.level, "longest": given.longest, "discount": given.discount}
-    rows = play(seeds, methods, given.records, **how)
-    rows = [r for r in rows if r["arm"] in methods]
+    rows = play(seeds, arms, given.records, level=given.level, longest=given.longest)
+    rows = rows if given.table else [r for r in rows if r["arm"] in arms]
     print(json.dumps({"rows": rows, "level": given.level}) if given.json else shown(rows))
 
 

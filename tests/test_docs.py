@@ -370,6 +370,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "rloo": {"update.objective": "rloo"},
     "uniform-credit": {"credit.method": "uniform"},
+    "decomposed-credit": {"credit.method": "decomposed", "credit.discount": 0.0, "credit.rest": "spread"},
     "prefix-credit": {
         "credit.method": "prefix",
         "credit.drop_sinks": "first",

@@ -52,7 +52,7 @@ def gate_shares(folder: Path) -> dict[str, tuple[float, float]]:
 def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A short run as it should be; others go on from its supervised stage."""
     folder = tmp_path_factory.mktemp("taught")
-    return folder, teach(folder, labelled(60), "update.rounds=1", "supervised.epochs=2")
+    return folder, teach(folder, labelled(100), "update.rounds=1", "supervised.epochs=2")
 
 
 def test_a_short_run_teaches_to_abstain_and_to_ask_back(taught: tuple[Path, Result]) -> None:
@@ -98,7 +98,7 @@ def test_a_run_whose_reward_has_the_wrong_sign_unlearns_and_is_rejected(
     monkeypatch.setattr(tutelage.loop.round, "reward", flipped)
     stage = taught[0] / "run" / "checkpoints" / "r0"
     rounds = ["update.rounds=1", "update.prompts=32", "update.learning_rate=4e-3", "constraint.enabled=false"]
-    result = teach(tmp_path, labelled(60), f'supervised.adapter="{stage}"', *rounds)
+    result = teach(tmp_path, labelled(100), f'supervised.adapter="{stage}"', *rounds)
     assert gate_shares(tmp_path)["honest"][1] < gate_shares(taught[0])["honest"][1] - 0.2
     assert result.decision == "rejected"
     assert result.summary["version"] == "start"

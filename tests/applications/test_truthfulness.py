@@ -221,7 +221,7 @@ EFFECTS: dict[str, tuple[str, tuple[str, ...], str]] = {
 # objectives in tests/loop/test_choice.py, the controller's in tests/loop/test_controlling.py, pairs and the gate on them in tests/loop/test_offline.py, a critic that explains credit in tests/loop/test_crediting.py, the lower bound of weights in tests/objectives/test_divergence.py.
 ELSEWHERE = {
     "feedback.allow_refused", "gate.evidence", "feedback.anchors", "feedback.anchor_every", "judges", "constraints", "tiers", "model.device", "model.hub", "sampling.server", "supervised.adapter",
-    "supervised.anchor", "update.importance_low", "credit.judge", "credit.steps", *(key for key in all_keys() if key.startswith(("objective.", "controller.", "demonstrations.", "pairs."))),
+    "supervised.anchor", "update.importance_low", "credit.judge", "credit.steps", "credit.depth", *(key for key in all_keys() if key.startswith(("objective.", "controller.", "demonstrations.", "pairs."))),
 }  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tutelage.engines.features import Probe, read_trunk
+from tutelage.engines.features import Probe, read_trunk, reply_states
+from tutelage.engines.packing import Group
 from tutelage.records import Message, Prompt
 
 QUESTIONS = ("What is it?", "Who is the king of France?", "Where does it go when it rains?", "Why?")
@@ -46,6 +47,21 @@ def test_probes_are_the_hidden_states_of_a_plain_pass(
         assert torch.allclose(found[1][row], states[2][-1], atol=1e-3)
         assert torch.allclose(found[2][row], states[2][-1], atol=1e-3)
         assert torch.allclose(found[0][row], states[1][lm.lead :].mean(0), atol=1e-3)
+
+
+def test_states_of_replies_are_those_of_a_plain_pass(
+    architecture: str, tiny_lms: dict[str, Any], plain_models: dict[str, Any]
+) -> None:
+    lm = tiny_lms[architecture]
+    first, second = encoded(lm)[:2]
+    groups = [Group(first, ((5, 6, 7), (8, 9)), (0, 2)), Group(second, ((7,),), (1,))]
+    rows = {0: (first, (5, 6, 7)), 1: (second, (7,)), 2: (first, (8, 9))}
+    for depth, layer in ((0.0, 0), (1.0, 2)):
+        found = dict(reply_states(lm, groups, depth=depth, budget=512))
+        assert set(found) == set(rows)
+        for row, (prompt, reply) in rows.items():
+            plain = plain_states(plain_models[architecture], (*prompt, *reply))[layer]
+            assert torch.allclose(found[row], plain[len(prompt) :], atol=1e-3)
 
 
 def test_the_batch_does_not_change_what_is_read(tiny_lm: Any) -> None:

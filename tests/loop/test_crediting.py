@@ -217,6 +217,43 @@ def test_options_change_the_credit(new_world: Callable[..., World], critics: dic
     assert few != many
 
 
+def test_a_run_decomposes_its_own_rewards(new_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credit sums to the advantage; what was learned is kept: cut in the second round and resumed, in the same bits."""
+    from tutelage.loop import round as rounds
+
+    world = new_world()
+    settings = ("credit.method=decomposed", "credit.rest=spread", "credit.discount=0", "update.rounds=2")
+    play(world, *settings, name="whole")
+    rows = world.rows("credits", "whole")
+    assert rows and {row["method"] for row in rows} <= {"decomposed", "uniform"}
+    for row in rows:
+        assert sum(row["credit"]) == pytest.approx(row["advantage"], abs=1e-4)
+    first, second = (m["values"] for m in world.rows("metrics", "whole", stage="credit"))
+    assert 0 < first["learned_from"] < second["learned_from"] and 0.0 <= second["foretold"] <= 1.0
+    assert any(min(row["credit"]) < 0 < max(row["credit"]) for row in rows)
+    real = rounds.reward
+
+    def cut(bench: Any, *rest: Any) -> Any:
+        if bench.version == "r1":
+            raise KeyboardInterrupt
+        return real(bench, *rest)
+
+    monkeypatch.setattr(rounds, "reward", cut)
+    words = (*settings, "prompts.gate_limit=3", "prompts.heldout_limit=3")
+    assert world.play(*[w for s in words for w in ("--set", s)], name="cut").code == 130
+    monkeypatch.setattr(rounds, "reward", real)
+    assert world.resume(name="cut").code == 3
+    assert world.weights("cut") == world.weights("whole") and credits(world, "cut") == credits(world, "whole")
+
+
+def test_options_change_the_decomposed_credit(new_world: Callable[..., World]) -> None:
+    world = new_world()
+    base = credits(play(world, "credit.method=decomposed"), "one")
+    others = ("credit.rest=spread", "credit.beta=0.3", "credit.drop_sinks=all", "credit.depth=0.9")
+    for n, other in enumerate(others):
+        assert credits(play(world, "credit.method=decomposed", other, name=f"o{n}"), f"o{n}") != base, other
+
+
 def test_the_named_judge_is_the_one_that_is_explained(
     new_world: Callable[..., World], critics: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -244,6 +281,8 @@ def test_a_critic_of_another_trunk_is_refused(world: World, critics: dict[str, P
         ((), ("credit.method=last", "credit.rest=spread"), "credit.rest is not read by credit.method = last"),
         ((), ("credit.method=last", "credit.beta=0.5"), "credit.beta is not read by credit.method = last"),
         ((), ("credit.discount=0.5",), 'set credit.rest = "spread"'),
+        ((), ("credit.depth=0.5",), "credit.depth is not read by credit.method = attention"),
+        ((), ("credit.method=decomposed", "credit.beta=1", "credit.discount=0"), 'set credit.rest = "spread"'),
         (("a",), ("credit.method=prefix", "credit.beta=1", "credit.discount=0"), 'set credit.rest = "spread"'),
         ((), ("update.objective=ppo", "credit.discount=0.5", "credit.beta=1"), "credit.discount is not read by"),
     ],

@@ -173,8 +173,12 @@ class Constraint(Section):
 class Credit(Section):
     """How a reply's advantage is spread over its tokens."""
 
-    method: Literal["attention", "uniform", "last", "prefix", "integrated-gradients", "gradient-input"] = Field(
-        "attention", description="where credit goes; the last three as a critic's head explains its reward"
+    method: Literal[
+        "attention", "uniform", "last", "prefix", "integrated-gradients", "gradient-input", "decomposed"
+    ] = Field(
+        "attention",
+        description="where credit goes; prefix and gradients as a critic's head explains its reward, decomposed as a "
+        "regression of this run's rewards on its tokens tells",
     )
     beta: Fraction = Field(0.8, description="share that is spread; `rest` says who takes what is left")
     discount: Fraction = Field(
@@ -182,6 +186,7 @@ class Credit(Section):
     )
     judge: str = Field("", description="the critic of [[judges]] that is explained; needed where there are several")
     steps: Count = Field(16, description="points on the path of integrated gradients")
+    depth: Fraction = Field(0.0, description="decomposed: where tokens are read, as a share of the model's layers")
     rest: Literal["last", "spread"] = Field(
         "last", description="who takes what is not spread of the advantage: the last token, or all alike"
     )
@@ -196,12 +201,13 @@ class Credit(Section):
             "rest": self.method != "last",
             "beta": self.method != "last",
             "steps": self.method == "integrated-gradients",
-            "drop_sinks": self.explains or self.method == "attention",
+            "depth": self.method == "decomposed",
+            "drop_sinks": self.signed or self.method == "attention",
         }
         for key, read in own.items():
             if not read and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"credit.{key} is not read by credit.method = {self.method}")
-        if self.discount < 1.0 and self.rest == "last" and (self.explains or self.beta < 1.0):
+        if self.discount < 1.0 and self.rest == "last" and (self.signed or self.beta < 1.0):
             raise ValueError(
                 "credit.discount below 1 would leave all that is not spread to the last token alone: "
                 'set credit.rest = "spread"'
@@ -211,6 +217,11 @@ class Credit(Section):
     @property
     def explains(self) -> bool:
         """Whether a critic's head explains its reward."""
+        return self.signed and self.method != "decomposed"
+
+    @property
+    def signed(self) -> bool:
+        """Whether a token of a praised reply can be blamed."""
         return self.method not in ("attention", "uniform", "last")
 
 

@@ -18,7 +18,7 @@ from tutelage.engines.load import LanguageModel
 from tutelage.engines.packing import Group, Pack, pack
 from tutelage.errors import ModelError
 
-__all__ = ["Probe", "Reading", "layer_at", "listened", "overheard", "read_trunk", "tapped"]
+__all__ = ["Probe", "Reading", "layer_at", "listened", "overheard", "read_trunk", "reply_states", "tapped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +139,18 @@ def tapped(
                 return run(lambda: lm.hidden(part.tokens_T[None], part.position_T[None]))
 
         yield read
+
+
+@torch.no_grad()
+def reply_states(
+    lm: LanguageModel, groups: Sequence[Group], *, depth: float, budget: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each completion's row and the states of its tokens at a depth, (tokens, hidden) float32; packs of `budget`."""
+    with tapped(lm, [Probe(depth, "mean")]) as read:
+        for part in pack(groups, budget=budget):
+            (states_TD,) = read(part)
+            for row, (first, last) in zip(part.rows, part.spans, strict=True):
+                yield row, states_TD[first : last + 1].float().cpu()
 
 
 def _pool(lm: LanguageModel, part: Pack, states_TD: torch.Tensor, *, mean: bool) -> torch.Tensor:

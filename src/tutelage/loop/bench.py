@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from tutelage.config import Recipe
+from tutelage.credit.decomposition import Decomposition
 from tutelage.engines.load import LanguageModel
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
@@ -80,6 +81,7 @@ class Workbench:
     roller: Completer = dataclasses.field(init=False)
     choice: Choice = dataclasses.field(init=False)
     values: ValueHead | None = dataclasses.field(init=False, default=None)
+    decomposition: Decomposition | None = dataclasses.field(init=False, default=None)
 
     def __post_init__(self) -> None:
         c = self.recipe.constraint
@@ -96,6 +98,8 @@ class Workbench:
         self.choice = choose(self.recipe)
         if self.choice.values is not None:
             self.values = ValueHead(self.lm.head_VD.shape[1], self.lm.device)
+        if self.recipe.credit.method == "decomposed":
+            self.decomposition = Decomposition(self.lm.head_VD.shape[1])
         self.learner = self._new_learner(self.recipe.update.learning_rate)
         self._encoded: dict[str, tuple[int, ...]] = {}
 
@@ -137,24 +141,23 @@ class Workbench:
         self, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]], *, attention: bool = False
     ) -> Scores:
         """One pass of the policy as it stands over the replies, and of the value head where there is one."""
-        groups, row = [], 0
-        for prompt, replies in zip(prompts, replies_PG, strict=True):
-            groups.append(
-                Group(
-                    self.encode(prompt),
-                    tuple(r.tokens for r in replies),
-                    tuple(range(row, row + len(replies))),
-                )
-            )
-            row += len(replies)
         return score(
             self.lm,
-            groups,
+            self.grouped(prompts, replies_PG),
             budget=self.recipe.update.token_budget,
             attention=attention,
             temperature=self.recipe.sampling.temperature,
             values=self.values,
         )
+
+    def grouped(self, prompts: Sequence[Prompt], replies_PG: Sequence[Sequence[Generation]]) -> list[Group]:
+        """Prompts with the tokens of their replies, whose rows are numbered through."""
+        groups, row = [], 0
+        for prompt, replies in zip(prompts, replies_PG, strict=True):
+            rows = tuple(range(row, row + len(replies)))
+            groups.append(Group(self.encode(prompt), tuple(r.tokens for r in replies), rows))
+            row += len(replies)
+        return groups
 
     def pick(self, prompts: Sequence[Prompt], count: int, number: int) -> list[Prompt]:
         """A round's prompts: a walk through shuffled passes over all, the same for the same seed.
@@ -182,17 +185,17 @@ class Workbench:
         return None if version == "start" else self.run.verify_checkpoint(version)
 
     @property
-    def _imitators(self) -> list[ImitationJudge]:
-        return [one for one in self.judges if isinstance(one, ImitationJudge)]
+    def _learning(self) -> list[ImitationJudge | Decomposition | ValueHead]:
+        """What learns beside the policy, and is kept with it."""
+        judges = [one for one in self.judges if isinstance(one, ImitationJudge)]
+        return [*judges, *(one for one in (self.decomposition, self.values) if one is not None)]
 
     def save(self, version: str) -> None:
         """Write a checkpoint: adapter in PEFT's format, value head, optimiser, multiplier, what the panel heard."""
 
         def write(folder: Path) -> None:
             self.adapter.save(folder)
-            if self.values is not None:
-                self.values.save(folder)
-            for one in self._imitators:
+            for one in self._learning:
                 one.save(folder)
             save_file(moments_of(self.learner.optimizer), str(folder / "optimizer.safetensors"))
             state = {"version": version, "multiplier": self.multiplier.state(), "panel": self.panel.state()}
@@ -210,9 +213,7 @@ class Workbench:
         if self.version == "start":
             self.adapter.clear()
             self.baselines.clear()
-            if self.values is not None:
-                self.values.clear()
-            for one in self._imitators:
+            for one in self._learning:
                 one.clear()
         else:
             self.load(self.version)
@@ -225,9 +226,7 @@ class Workbench:
         """
         folder = self.run.verify_checkpoint(version)
         self.adapter.load(folder)
-        if self.values is not None:
-            self.values.load(folder)
-        for one in self._imitators:
+        for one in self._learning:
             one.load(folder)
         self.restart_learner(self.recipe.update.learning_rate)
         take_moments(self.learner.optimizer, load_file(str(folder / "optimizer.safetensors")))

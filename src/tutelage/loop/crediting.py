@@ -1,10 +1,10 @@
-"""Credit a token: by attention, evenly, on the last, or as a critic's head explains its own reward."""
+"""Credit a token: by attention, evenly, on the last, as a critic's head explains its reward, or as rewards tell."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from tutelage.credit import tokens as credit
 from tutelage.credit.attribution import gradient_input, integrated_gradients, mean_embedding
 from tutelage.credit.signed import slopes
 from tutelage.credit.spans import Span, align, sinks, token_spans
+from tutelage.engines.features import reply_states
 from tutelage.engines.load import LanguageModel
 from tutelage.errors import RecipeError
 from tutelage.feedback.critic_data import Passage
@@ -142,6 +143,10 @@ def spread_credit(
     if how.method == "attention" or how.method == "uniform" or how.method == "last":
         weights_BT = credit.weights(how.method, scores.keep_BT, scores.attention_BT, _dropped(bench, scores, flat))
         credit_BT = credit.assign(advantage_B, weights_BT, scores.keep_BT, beta=how.beta, rest=how.rest)
+    elif how.method == "decomposed":
+        reward_PG = torch.tensor([[math.nan if r.total is None else r.total for r in group] for group in rewards_PG])
+        credit_BT = _decomposed(bench, prompts, advantage_PG, reward_PG, scores, replies_PG, unit, number)
+        names = ["uniform" if gone else how.method for gone in reward_PG.flatten().isnan().tolist()]
     else:
         explained = _explained(bench, how.method, prompts, advantage_PG, rewards_PG, replies_PG, unit)
         credit_BT = _signed(bench, explained, advantage_PG, scores, flat, unit, number)
@@ -219,14 +224,81 @@ def _signed(
     number: int,
 ) -> torch.Tensor:
     """Credit by the critic's scores; evenly spread where it said nothing."""
-    how, keep_BT = bench.recipe.credit, scores.keep_BT
-    score_BT, reward_B = torch.zeros_like(keep_BT), torch.full((len(keep_BT),), math.nan)
+    score_BT, reward_B = torch.zeros_like(scores.keep_BT), torch.full((len(scores.keep_BT),), math.nan)
     moved = 0
     for row, one in explained.rows.items():
         values, other = onto(explained.lm, one, flat[row].tokens)
         score_BT[row, : len(values)] = torch.tensor(values)
         reward_B[row] = one.reward
         moved += other
+    change = math.fsum(abs(one.change) for one in explained.rows.values())
+    numbers: dict[str, float] = {
+        "explained": len(explained.rows),
+        "abstained": explained.said_B.count(False),
+        "retokenised": moved,
+        "defect": math.fsum(one.defect for one in explained.rows.values()) / change if change else 0.0,
+    }
+    credit_BT, found = _in_advantage(bench, score_BT, reward_B, explained.said_B, advantage_PG, scores, flat)
+    unit.metrics(number, "credit", numbers | found)
+    return credit_BT
+
+
+def _decomposed(
+    bench: Workbench,
+    prompts: Sequence[Prompt],
+    advantage_PG: torch.Tensor,
+    reward_PG: torch.Tensor,
+    scores: Scores,
+    replies_PG: Sequence[Sequence[Generation]],
+    unit: Unit,
+    number: int,
+) -> torch.Tensor:
+    """Credit by what a regression of all rewards so far, these too, gives each token; even without a reward."""
+    told = bench.decomposition
+    if told is None:
+        raise ValueError("the workbench of another recipe")
+    flat = [r for group in replies_PG for r in group]
+    groups = bench.grouped(prompts, replies_PG)
+
+    def states() -> Iterator[tuple[int, torch.Tensor]]:
+        depth, budget = bench.recipe.credit.depth, bench.recipe.update.token_budget
+        return reply_states(bench.lm, groups, depth=depth, budget=budget)
+
+    bench.progress.stage(f"{unit.name}: credit", len(flat), "replies")
+    # Read twice rather than kept: all states of long replies would not fit into memory.
+    with bench.adapter.off():
+        mean_BF = torch.zeros(len(flat), told.size)
+        for row, state_TF in states():
+            mean_BF[row] = state_TF.mean(0)
+        mean_PGF = mean_BF.view(*reward_PG.shape, -1)
+        told.add(mean_PGF, reward_PG)
+        fitted = told.fit()
+        centre_P = (mean_PGF @ fitted.weight_F).mean(-1)
+        score_BT = torch.zeros_like(scores.keep_BT)
+        for row, state_TF in states():
+            part_T = state_TF @ fitted.weight_F - centre_P[row // reward_PG.shape[1]]
+            score_BT[row, : len(part_T)] = part_T / len(part_T)
+    bench.progress.advance(len(flat))
+    reward_B = reward_PG.flatten()
+    said_B = (~reward_B.isnan()).tolist()
+    score_BT[reward_B.isnan()] = 0.0
+    credit_BT, found = _in_advantage(bench, score_BT, reward_B, said_B, advantage_PG, scores, flat)
+    numbers = {"explained": sum(said_B), "learned_from": told.freedom, "foretold": fitted.share}
+    unit.metrics(number, "credit", numbers | found)
+    return credit_BT
+
+
+def _in_advantage(
+    bench: Workbench,
+    score_BT: torch.Tensor,
+    reward_B: torch.Tensor,
+    said_B: Sequence[bool],
+    advantage_PG: torch.Tensor,
+    scores: Scores,
+    flat: Sequence[Generation],
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Credit of signed scores in a reward's unit, and what there is to count; even where nothing was said."""
+    how, keep_BT = bench.recipe.credit, scores.keep_BT
     drop_BT = _dropped(bench, scores, flat)
     if drop_BT is not None:
         score_BT = score_BT * ~drop_BT
@@ -238,18 +310,12 @@ def _signed(
     even_BT = credit.assign(
         advantage_B, credit.weights("uniform", keep_BT, None), keep_BT, beta=how.beta, rest=how.rest
     )
-    change = math.fsum(abs(one.change) for one in explained.rows.values())
     numbers: dict[str, float] = {
-        "explained": len(explained.rows),
-        "abstained": explained.said_B.count(False),
-        "retokenised": moved,
         "groups_flat": int((slope.flat_P & (advantage_PG != 0).any(-1)).sum()),
         "groups_against": int(slope.against_P.sum()),
         "groups_capped": int(slope.capped_P.sum()),
-        "defect": math.fsum(one.defect for one in explained.rows.values()) / change if change else 0.0,
     }
-    unit.metrics(number, "credit", numbers)
-    return torch.where(torch.tensor(explained.said_B)[:, None], credit_BT, even_BT)
+    return torch.where(torch.tensor(said_B)[:, None], credit_BT, even_BT), numbers
 
 
 def check_credit(recipe: Recipe) -> None:

@@ -193,11 +193,17 @@ class _Work:
 
         By prefixes a reply of T tokens is a pass over 2T; a prompt stands once for its replies. By gradients each reply
         goes with its prompt alone, forward and back (twice forward's work) at every point, and forward three times
-        more: both ends of the path, and the reward itself.
+        more: both ends of the path, and the reward itself. Decomposed rewards read the replies twice, to their depth.
         """
         how = self.recipe.credit
-        if not how.explains or not replies:
+        if not how.signed or not replies:
             return 0.0
+        if how.method == "decomposed":
+            return (
+                2
+                * max(how.depth, 1.0 / self.speeds.layers)
+                * self.forward(prompts * self.speeds.prompt + replies * length)
+            )
         if how.method == "prefix":
             return self.forward(prompts * self.speeds.prompt + 2 * replies * length)
         points = how.steps if how.method == "integrated-gradients" else 1
