@@ -86,7 +86,11 @@ def needed(key: str) -> list[str]:
     section, _, option = key.partition(".")
     if key == "gate.evidence" or (section == "pairs" and option != "file"):
         return ["pairs.file=pairs.jsonl"]
-    if key in ("credit.judge", "credit.steps", "credit.rest"):
+    if key == "credit.discount":
+        return ["credit.rest=spread"]
+    if key == "credit.depth":
+        return ["credit.method=decomposed"]
+    if key in ("credit.judge", "credit.steps"):
         critic = 'judges=[{name = "another", kind = "critic", model = "another.safetensors"}]'
         return [critic, "credit.method=integrated-gradients"]
     if section != "objective":

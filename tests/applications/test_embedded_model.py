@@ -72,8 +72,8 @@ def test_a_short_run_teaches_to_abstain_and_to_ask_back(taught: tuple[Path, Resu
 
 def test_a_run_that_learns_to_abstain_on_everything_is_rejected(tmp_path: Path) -> None:
     """Labels that call nearly everything unanswerable make a policy that withholds what it knew."""
-    wrong = [{**row, "label": "unanswerable"} for row in labelled(40)]
-    rest = [row for kind in KINDS for row in lines_of(DATA / "critics" / "honesty-questions.jsonl", label=kind)[40:45]]
+    wrong = [{**row, "label": "unanswerable"} for row in labelled(60)]
+    rest = [row for kind in KINDS for row in lines_of(DATA / "critics" / "honesty-questions.jsonl", label=kind)[60:65]]
     result = teach(tmp_path, wrong + rest, "update.rounds=0", "prompts.limit=48")
     known = gate_shares(tmp_path)["abstained_known"]
     assert known[1] > 0.5

@@ -27,9 +27,9 @@ def bench() -> ModuleType:
 def played(bench, monkeypatch) -> list[tuple[str, int]]:
     calls = []
 
-    def run(method, seed, *, level, longest):
-        calls.append((method, seed))
-        return {"method": method, "seed": seed, "steps": 10 + seed, "reached": True, "curve": [0.9], "kl": 0.1}
+    def run(arm, seed, *, level, longest):
+        calls.append((arm, seed))
+        return {"arm": arm, "seed": seed, "steps": 10 + seed, "reached": True, "curve": [0.9], "kl": 0.1}
 
     monkeypatch.setattr(bench, "run", run)
     return calls
@@ -43,20 +43,23 @@ def call(bench, monkeypatch, capsys, *words: str) -> str:
 
 def test_finished_runs_are_written_down_and_not_repeated(bench, played, monkeypatch, capsys, tmp_path) -> None:
     records = str(tmp_path / "deep" / "credit.jsonl")
-    call(bench, monkeypatch, capsys, "--records", records, "--first-seed", "3", "--seeds", "1", "--methods", "last")
+    call(bench, monkeypatch, capsys, "--records", records, "--first-seed", "3", "--seeds", "1", "--arms", "last")
     assert played == [("last", 3)]
-    call(bench, monkeypatch, capsys, "--records", records, "--first-seed", "2", "--seeds", "2")
-    assert played[1:] == [("attention", 2), ("uniform", 2), ("last", 2), ("attention", 3), ("uniform", 3)]
+    arms = ("--arms", "last,attention,decomposed@0")
+    call(bench, monkeypatch, capsys, "--records", records, "--first-seed", "2", "--seeds", "2", *arms)
+    assert played[1:4] == [("last", 2), ("attention", 2), ("decomposed@0", 2)]
+    assert played[4:] == [("attention", 3), ("decomposed@0", 3)]
     lines = [json.loads(line) for line in Path(records).read_text(encoding="utf-8").splitlines()]
-    assert [(r["method"], r["seed"]) for r in lines] == played
+    assert [(r["arm"], r["seed"]) for r in lines] == played
     shown = call(bench, monkeypatch, capsys, "--records", records, "--table")
     assert len(played) == 6
-    assert "| last | 2 | 12.5 (12.25 to 12.75) | 13 | 2/2 | 0.10 |" in shown
+    assert "| last | 2 | 12.5 (12.25 to 12.75) | 13 | 2/2 | 1.00 (1.00 to 1.00) | 0.10 |" in shown
+    assert "| decomposed@0 | 2 |" in shown
 
 
 def test_other_settings_are_other_runs(bench, played, monkeypatch, capsys, tmp_path) -> None:
     records = str(tmp_path / "credit.jsonl")
-    common = ("--records", records, "--seeds", "1", "--methods", "uniform")
+    common = ("--records", records, "--seeds", "1", "--arms", "uniform")
     call(bench, monkeypatch, capsys, *common)
     call(bench, monkeypatch, capsys, *common, "--level", "0.7")
     assert played == [("uniform", 0)] * 2
@@ -78,7 +81,8 @@ def test_a_head_explains_what_it_was_told_of_replies(bench, monkeypatch, tiny_lm
     advantage_PG = torch.tensor([[1.0, -1.0], [-0.5, 0.5]])
     spread = []
     for sign in (1.0, -1.0):
-        found = bench.explained(tiny_lm, "prefix", lambda x, _: x @ weight_F, replies, sign * advantage_PG, keep_BT)
+        head = lambda x, _: x @ weight_F  # noqa: E731 - a head of one line
+        found = bench.explained(tiny_lm, "prefix", head, replies, sign * advantage_PG, keep_BT, "last")
         assert (sign * found).sum(-1).tolist() == pytest.approx([1.0, -1.0, -0.5, 0.5], abs=1e-5)
         assert (found * (1 - keep_BT)).abs().max() == 0
         spread.append([bool(found[row, :3].any()) for row in (0, 2)])
@@ -87,11 +91,11 @@ def test_a_head_explains_what_it_was_told_of_replies(bench, monkeypatch, tiny_lm
 
 
 def test_bad_words_and_lines_are_refused(bench, played, monkeypatch, capsys, tmp_path) -> None:
-    for words in (["--methods", "latest"], ["--table"]):
+    for words in (["--arms", "latest"], ["--arms", "last@2"], ["--table"]):
         with pytest.raises(SystemExit):
             call(bench, monkeypatch, capsys, *words)
     torn = tmp_path / "credit.jsonl"
-    torn.write_text('{"method": "la', encoding="utf-8")
+    torn.write_text('{"arm": "la', encoding="utf-8")
     with pytest.raises(SystemExit, match="1 is no run"):
         call(bench, monkeypatch, capsys, "--records", str(torn), "--table")
     assert played == []
