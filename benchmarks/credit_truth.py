@@ -35,7 +35,9 @@ import torch
 from grpo_vs_trl import TOPICS, endless
 
 from tutelage.credit import tokens as credit
+from tutelage.credit.decomposition import Decomposition
 from tutelage.credit.faithfulness import correlation, deletion
+from tutelage.engines.features import reply_states
 from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
@@ -47,7 +49,7 @@ from tutelage.records import Generation, Message, Prompt, SamplerSettings
 
 LEARNED, REPLIES, TOKENS, KINDS, FOLDS, BUDGET = 400, 60, 16, 60, 5, 512
 PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
-METHODS = (*get_args(SignedMethod), "attention", "uniform", "last", "occlusion", "truth")
+METHODS = ("decomposed", *get_args(SignedMethod), "attention", "uniform", "last", "occlusion", "truth")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Task:
     reward: Reward
     fit: float  # correlation of the head's reward with the true sum, on these replies
     unseen: float  # the same on the replies it learned from, each from a head that had not seen it
+    others: list[tuple[tuple[int, ...], Generation, float]]  # those, with their prompts and sums
 
 
 def task(lm: Any, seed: int) -> Task:
@@ -83,7 +86,8 @@ def task(lm: Any, seed: int) -> Task:
     truth_BT = torch.tensor([[price.get(t, 0.0) for t in r.tokens] for r in own])
     said = reward(torch.from_numpy(read_passages(lm, [Passage(r.text) for r in own], budget=BUDGET)), truth_BT)
     fit = float(np.corrcoef(said.numpy(), truth_BT.sum(-1).numpy())[0, 1])
-    return Task(lm, own, [p for p, _ in explained], truth_BT, reward, fit, unseen)
+    others = [(p, r, float(one)) for (p, r), one in zip(pairs[REPLIES:], sums, strict=True)]
+    return Task(lm, own, [p for p, _ in explained], truth_BT, reward, fit, unseen, others)
 
 
 def linear_head(x_NF: np.ndarray, y_N: np.ndarray) -> tuple[Reward, float]:
@@ -131,6 +135,8 @@ def scores_of(method: str, given: Task, steps: int) -> tuple[torch.Tensor, float
         return given.truth_BT, None
     if method == "occlusion":
         return occluded(given), None
+    if method == "decomposed":
+        return decomposed(given), None
     signed = next((m for m in get_args(SignedMethod) if m == method), None)
     if signed is not None:
         found = explain(signed, given.lm, passages, given.reward, contextual=False, steps=steps, budget=BUDGET)
@@ -145,6 +151,22 @@ def scores_of(method: str, given: Task, steps: int) -> tuple[torch.Tensor, float
     reward_B = given.reward(torch.from_numpy(read_passages(given.lm, passages, budget=BUDGET)), weights_BT)
     # What a reply earns above the mean is spread, as an advantage is.
     return (reward_B - reward_B.mean())[:, None] * weights_BT, None
+
+
+def decomposed(given: Task) -> torch.Tensor:
+    """What a regression of the sums of the others gives each token, as `credit.method = decomposed` makes it."""
+    told = Decomposition(given.lm.head_VD.shape[1])
+    state_NTF = states(given.lm, [(p, r) for p, r, _ in given.others])
+    told.add(state_NTF.mean(1)[None], torch.tensor([[one for *_, one in given.others]]))
+    state_BTF = states(given.lm, list(zip(given.prompts, given.replies, strict=True)))
+    return (state_BTF - state_NTF.mean((0, 1))) @ told.fit().weight_F / TOKENS
+
+
+def states(lm: Any, pairs: Sequence[tuple[tuple[int, ...], Generation]]) -> torch.Tensor:
+    """(replies, tokens, features) states of the first layer."""
+    groups = [Group(p, (tuple(r.tokens),), (n,)) for n, (p, r) in enumerate(pairs)]
+    found = dict(reply_states(lm, groups, depth=0.0, budget=BUDGET))
+    return torch.stack([found[n] for n in range(len(pairs))])
 
 
 def occluded(given: Task) -> torch.Tensor:
