@@ -52,6 +52,12 @@ ARMS["dpo, every two"] = ['update.objective="dpo"', 'objective.pairs="all"']
 ARMS |= {
     "grpo, uniform credit": ['update.objective="grpo"', 'credit.method="uniform"'],
     "grpo, sparse credit": ['update.objective="grpo"', 'credit.method="last"'],
+    "grpo, decomposed credit": [
+        'update.objective="grpo"',
+        'credit.method="decomposed"',
+        "credit.discount=0.0",
+        'credit.rest="spread"',
+    ],
 }
 FROM_ADAPTER = ("ppo",)
 METRICS = ("made_up_unanswerable", "correct_answerable", "abstained_known", "asked_back_ambiguous")
