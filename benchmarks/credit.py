@@ -120,17 +120,22 @@ def head_of(lm: Any, completer: LocalCompleter, seed: int) -> Reward:
     return linear_head(read_passages(lm, shown), np.array([short_words(p.text) for p in shown]))[0]
 
 
+def in_advantage(score_BT: Any, rewards: Any, advantage_PG: Any, keep_BT: Any, *, beta: float, rest: Any) -> Any:
+    """Credit of signed scores in the rewards' unit."""
+    slope_P = slopes(advantage_PG, rewards, score_BT.view(*advantage_PG.shape, -1)).slope_P
+    scaled_BT = slope_P.repeat_interleave(advantage_PG.shape[1]).float()[:, None] * score_BT
+    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=beta, rest=rest)
+
+
 def explained(lm: Any, method: Any, head: Reward, replies: Any, advantage_PG: Any, keep_BT: Any, rest: Any) -> Any:
-    """Credit as the head explains its reward, as `loop.crediting` makes it: what is left goes to the last token."""
+    """Credit as the head explains its reward, as `loop.crediting` makes it."""
     flat = [r for group in replies for r in group]
     found = explain(method, lm, [Passage(r.text) for r in flat], head, contextual=False, steps=POINTS, budget=BUDGET)
     score_BT = torch.zeros_like(keep_BT)
     for b, (one, reply) in enumerate(zip(found, flat, strict=True)):
         score_BT[b, : len(reply.tokens)] = torch.tensor(onto(lm, one, reply.tokens)[0])
     rewards = torch.tensor([one.reward for one in found]).view_as(advantage_PG)
-    slope_P = slopes(advantage_PG, rewards, score_BT.view(*advantage_PG.shape, -1)).slope_P
-    scaled_BT = slope_P.repeat_interleave(advantage_PG.shape[1]).float()[:, None] * score_BT
-    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=SHARE, rest=rest)
+    return in_advantage(score_BT, rewards, advantage_PG, keep_BT, beta=SHARE, rest=rest)
 
 
 def decomposed(
@@ -145,9 +150,7 @@ def decomposed(
     weight_F = told.fit().weight_F
     centre_B = (mean_PGF @ weight_F).mean(-1).repeat_interleave(rewards.shape[1])
     score_BT = (state_BTF @ weight_F - centre_B[:, None]) / keep_BT.shape[1]
-    slope_P = slopes(advantage_PG, rewards, score_BT.view(*rewards.shape, -1)).slope_P
-    scaled_BT = slope_P.repeat_interleave(rewards.shape[1]).float()[:, None] * score_BT
-    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=SHARE, rest=rest)
+    return in_advantage(score_BT, rewards, advantage_PG, keep_BT, beta=SHARE, rest=rest)
 
 
 def true_scores(lm: Any, reply: Any, mean: float) -> list[float]:
@@ -165,9 +168,7 @@ def true_credit(lm: Any, replies: Any, advantage_PG: Any, rewards: Any, keep_BT:
         (reply, float(own.mean())) for group, own in zip(replies, rewards, strict=True) for reply in group
     ):
         score_BT[b, : len(reply.tokens)] = torch.tensor(true_scores(lm, reply, mean))
-    slope_P = slopes(advantage_PG, rewards, score_BT.view(*advantage_PG.shape, -1)).slope_P
-    scaled_BT = slope_P.repeat_interleave(advantage_PG.shape[1]).float()[:, None] * score_BT
-    return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=1.0)
+    return in_advantage(score_BT, rewards, advantage_PG, keep_BT, beta=1.0, rest="last")
 
 
 def groups_of(

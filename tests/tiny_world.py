@@ -48,6 +48,23 @@ def tutelage_cli(*words: str | Path) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
+@contextlib.contextmanager
+def cut_in_second_round() -> Iterator[None]:
+    """Runs stop as by ctrl-c in the middle of their second round, after all judges have spoken."""
+    from tutelage.loop import round as rounds
+
+    real = rounds.reward
+
+    def cut(bench: Any, *rest: Any) -> Any:
+        if bench.version == "r1":
+            raise KeyboardInterrupt
+        return real(bench, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "reward", cut)
+        yield
+
+
 def lines_of(path: Path, **values: Any) -> list[dict[str, Any]]:
     """Objects of a JSONL file that have these values."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_world import World, tutelage_cli, write_lines
+from tests.tiny_world import World, cut_in_second_round, tutelage_cli, write_lines
 
 from tutelage.credit.faithfulness import additive_truth, correlation
 from tutelage.errors import ModelError, RecipeError
@@ -217,10 +217,8 @@ def test_options_change_the_credit(new_world: Callable[..., World], critics: dic
     assert few != many
 
 
-def test_a_run_decomposes_its_own_rewards(new_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_decomposes_its_own_rewards(new_world: Callable[..., World]) -> None:
     """Credit sums to the advantage; what was learned is kept: cut in the second round and resumed, in the same bits."""
-    from tutelage.loop import round as rounds
-
     world = new_world()
     settings = ("credit.method=decomposed", "credit.rest=spread", "credit.discount=0", "update.rounds=2")
     play(world, *settings, name="whole")
@@ -231,17 +229,9 @@ def test_a_run_decomposes_its_own_rewards(new_world: Callable[..., World], monke
     first, second = (m["values"] for m in world.rows("metrics", "whole", stage="credit"))
     assert 0 < first["learned_from"] < second["learned_from"] and 0.0 <= second["foretold"] <= 1.0
     assert any(min(row["credit"]) < 0 < max(row["credit"]) for row in rows)
-    real = rounds.reward
-
-    def cut(bench: Any, *rest: Any) -> Any:
-        if bench.version == "r1":
-            raise KeyboardInterrupt
-        return real(bench, *rest)
-
-    monkeypatch.setattr(rounds, "reward", cut)
     words = (*settings, "prompts.gate_limit=3", "prompts.heldout_limit=3")
-    assert world.play(*[w for s in words for w in ("--set", s)], name="cut").code == 130
-    monkeypatch.setattr(rounds, "reward", real)
+    with cut_in_second_round():
+        assert world.play(*[w for s in words for w in ("--set", s)], name="cut").code == 130
     assert world.resume(name="cut").code == 3
     assert world.weights("cut") == world.weights("whole") and credits(world, "cut") == credits(world, "whole")
 

@@ -9,7 +9,7 @@ import pytest
 import tomlkit
 import torch
 from safetensors.torch import load_file
-from tests.tiny_world import DATA, World, lines_of, tutelage_cli, write_lines
+from tests.tiny_world import DATA, World, cut_in_second_round, lines_of, tutelage_cli, write_lines
 
 from tutelage.config import Judge, Recipe
 from tutelage.engines import weights
@@ -119,26 +119,16 @@ def test_it_abstains_where_it_has_met_no_policy(world: World, monkeypatch: pytes
     assert len(said) == 4 and all(v["value"] is not None for v in said)
 
 
-def test_cut_and_resumed_it_ends_in_the_same_bits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_and_resumed_it_ends_in_the_same_bits(world: World) -> None:
     with_discriminator(world)
-    resumed_like_whole(world, monkeypatch, *ALONE, "update.rounds=3")
+    resumed_like_whole(world, *ALONE, "update.rounds=3")
 
 
-def resumed_like_whole(world: World, monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
+def resumed_like_whole(world: World, *settings: str) -> None:
     """A run that stops in the middle of its second round, after the discriminator has learned in it, and goes on."""
-    from tutelage.loop import round as rounds
-
     assert world.play(*words(*settings), name="whole").code == 3
-    real = rounds.reward
-
-    def cut(bench: Any, *rest: Any) -> Any:
-        if bench.version == "r1":
-            raise KeyboardInterrupt
-        return real(bench, *rest)
-
-    monkeypatch.setattr(rounds, "reward", cut)
-    assert world.play(*words(*settings), name="cut").code == 130
-    monkeypatch.setattr(rounds, "reward", real)
+    with cut_in_second_round():
+        assert world.play(*words(*settings), name="cut").code == 130
     assert world.resume(name="cut").code == 3
     assert world.weights("cut") == world.weights("whole")
     for table, where in (("verdicts", {"judge": "like"}), ("metrics", {"stage": "discriminator"})):
