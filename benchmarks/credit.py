@@ -1,4 +1,4 @@
-"""Steps to a level of reward by how credit is spread over a reply's tokens.
+"""Steps to a level by how credit is spread over a reply's tokens.
 
     python benchmarks/credit.py                       # ten seeds of ARMS
     python benchmarks/credit.py --seeds 3 --json
@@ -6,22 +6,27 @@
     python benchmarks/credit.py --records credit.jsonl --table     # play nothing, print what is there
 
 SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, GRPO, 2 prompts x 4 replies x 32 tokens a step, rate 4e-4, KL
-coefficient 0.04: so few replies that noise decides (with 4 x 8 x 16 at 2e-4 not even the truth was of use). The reward
-is the share of a reply's words that have at most four letters, so truth about credit is known: each word earns its own.
-Every STRIDE steps the policy is measured on 16 prompts that it never learns from, 2 replies each. A run ends when the
-mean of its last two measurements has reached --level, or after --longest steps, which then counts as its number.
+coefficient 0.04: so few replies that noise decides (with 4 x 8 x 16 at 2e-4 not even the truth was of use). Every
+STRIDE steps the policy is measured on 16 prompts that it never learns from, 2 replies each. A run ends when the mean of
+its last two measurements has reached the task's level, or after --longest steps, which then counts as its number.
+
+Tasks: `sentiment` (pip install vaderSentiment==3.3.2) measures VADER's compound score of stories. The reward, for every
+arm, is a critic on tokens that learned from the labels good and bad of HEARD replies of the start model; few words bear
+it. `short` measures and rewards the share of a reply's words that have at most four letters; every word bears it.
 
 An arm is a method, behind @ its discount (without: 1, reward-to-go). `last` is the usual sequence-level reward: every
-token gets the whole advantage. `decomposed` learns as it goes what tokens bring, from the same rewards. prefix,
-integrated-gradients and gradient-input explain a head (ridge regression on the trunk's features) that was fitted on
-the rewards of HEARD whole replies of the start model, which count as no step. `truth` gives each word's tokens what
-the word brought, above the group's mean: the ceiling for any credit. With --records every finished run is appended to a
-file at once and never repeated, so that several sessions can add up.
+token gets the whole advantage. `attention` follows the critic's attention, `generator` that of the start model, and
+`contribution` what the critic says that each token brought. `decomposed` learns as it goes what tokens bring, from the
+same rewards. prefix, integrated-gradients and gradient-input explain a head (ridge regression on the trunk's features)
+that was told the worth of whole replies of the start model, which count as no step. `truth` gives each word's tokens
+what the word brought: the ceiling for any credit. With --records every finished run is appended to a file at once and
+never repeated, so that several sessions can add up.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import statistics
@@ -33,8 +38,9 @@ from typing import Any, get_args
 import numpy as np
 import records
 import torch
+from credit_tasks import TASKS, Task, asked, critic_of, heard
 from credit_truth import linear_head
-from grpo_vs_trl import ALPHA, BETA, CLIP, RANK, TOPICS, endless, questions, short_words
+from grpo_vs_trl import ALPHA, BETA, CLIP, RANK, TOPICS, endless, questions
 
 from tutelage.credit import tokens as credit
 from tutelage.credit.decomposition import Decomposition
@@ -44,32 +50,54 @@ from tutelage.engines.features import reply_states
 from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
-from tutelage.feedback.critic_data import Passage, read_passages
+from tutelage.feedback.critic_data import Passage, Reader, read_passages
 from tutelage.feedback.critic_reward import Reward
-from tutelage.loop.crediting import SignedMethod, explain, onto
+from tutelage.feedback.text_critic import TextCritic
+from tutelage.loop.explaining import SignedMethod, attended, explain, onto
 from tutelage.objectives.advantages import advantages_grpo
 from tutelage.objectives.policy_gradient import Grpo
 from tutelage.policy.learner import Learner, TrainGroup, score
 from tutelage.policy.lora import attach
-from tutelage.records import Message, Prompt, SamplerSettings
+from tutelage.records import Prompt, SamplerSettings
 
-PLAIN = ("attention", "uniform", "last")
-METHODS = (*PLAIN, "decomposed", *get_args(SignedMethod), "truth")
-HEARD, POINTS = 256, 8  # replies that a head learns from; points on the path of integrated gradients
+PLAIN = {"generator": "attention", "uniform": "uniform", "last": "last"}
+BY_CRITIC = ("attention", "contribution")
+METHODS = (*PLAIN, *BY_CRITIC, "decomposed", *get_args(SignedMethod), "truth")
+POINTS = 8  # on the path of integrated gradients
 PROMPTS, SAMPLES, TOKENS, RATE, STRIDE, BUDGET = 2, 4, 32, 4e-4, 4, 640
-ARMS = ("last", "uniform", "attention", "attention@0", "decomposed@0")
+ARMS = ("last", "uniform", "attention", "attention@0", "contribution@0")
 SHARE = 0.8  # of the advantage that is spread; the recipe's
+_CRITICS: dict[int, TextCritic] = {}
 
 
-def asked(texts: Sequence[str]) -> list[Prompt]:
-    """Prompts of these texts."""
-    return [Prompt(text, (Message("user", text),)) for text in texts]
+@dataclasses.dataclass
+class Way:
+    """How a run's credit comes about."""
+
+    task: Task
+    method: str
+    discount: float
+    critic: TextCritic | None = None  # whose reward it is, where the task is judged
+    head: Reward | Decomposition | None = None
+
+    @property
+    def rest(self) -> Any:
+        """Without a discount the recipe's; with one the last token would have all that is left to itself."""
+        return "last" if self.discount == 1.0 else "spread"
+
+    def rewards(self, lm: Any, replies: Any) -> torch.Tensor:
+        """(P, G)."""
+        if self.critic is None:
+            return torch.tensor([[self.task.worth(r.text) for r in group] for group in replies])
+        shown = [Passage(r.text) for group in replies for r in group]
+        said = self.critic.score_features(Reader("tokens", lm).read(shown, contextual=False))
+        return torch.from_numpy(said.log_odds_N).float().view(len(replies), -1)
 
 
-def run(arm: str, seed: int, *, level: float, longest: int) -> dict[str, Any]:
+def run(arm: str, seed: int, *, task: str, level: float, longest: int) -> dict[str, Any]:
     """One training: steps it took, the curve on unseen prompts, KL a token at the end."""
     method, _, later = arm.partition("@")
-    discount = float(later or 1.0)
+    way = Way(TASKS[task], method, float(later or 1.0))
     torch.manual_seed(seed)
     lm = load_model("smollm2-135m-instruct")  # bfloat16 only where the processor has it
     adapter = attach(lm.model, rank=RANK, alpha=ALPHA, seed=seed)
@@ -77,27 +105,27 @@ def run(arm: str, seed: int, *, level: float, longest: int) -> dict[str, Any]:
     learner = Learner(lm, adapter, learning_rate=RATE, budget=BUDGET)
     settings = SamplerSettings(1.0, max_new_tokens=TOKENS)
     learned, unseen = asked(questions(PROMPTS)), asked([f"Tell me a tale about {topic}." for topic in TOPICS])
-    head: Reward | Decomposition | None = None
+    if way.task.judged or method in BY_CRITIC:
+        if seed not in _CRITICS:
+            with adapter.off():
+                _CRITICS[seed] = critic_of(way.task, lm, completer, seed, TOKENS)
+        way.critic = _CRITICS[seed]
     if method == "decomposed":
-        head = Decomposition(lm.head_VD.shape[1])
+        way.head = Decomposition(lm.head_VD.shape[1])
     elif method in get_args(SignedMethod):
-        head = head_of(lm, completer, seed)
+        way.head = head_of(way.task, lm, completer, seed)
     curve: list[float] = []
-    kl, steps = 0.0, 0
-    while steps < longest:
+    kl, steps, reached = 0.0, 0, False
+    while steps < longest and not reached:
         steps += 1
         replies = completer.generate(
             learned, samples=SAMPLES, settings=settings, seed=1000 * seed + steps, version=str(steps)
         )
-        kl = learner.step(groups_of(lm, adapter, learned, replies, method, head, discount), Grpo(CLIP, BETA))[
-            "kl_to_start"
-        ]
+        kl = learner.step(groups_of(lm, adapter, learned, replies, way), Grpo(CLIP, BETA))["kl_to_start"]
         if steps % STRIDE == 0:
             said = completer.generate(unseen, samples=2, settings=settings, seed=7, version=str(steps))
-            curve.append(statistics.fmean(short_words(r.text) for group in said for r in group))
-            if len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level:
-                break
-    reached = len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level
+            curve.append(statistics.fmean(way.task.worth(r.text) for group in said for r in group))
+            reached = len(curve) > 1 and (curve[-1] + curve[-2]) / 2 >= level
     return {
         "arm": arm,
         "seed": seed,
@@ -109,15 +137,10 @@ def run(arm: str, seed: int, *, level: float, longest: int) -> dict[str, Any]:
     }
 
 
-def head_of(lm: Any, completer: LocalCompleter, seed: int) -> Reward:
-    """A head that knows the rewards of whole replies of the start model, and nothing of words."""
-    prompts = asked(questions(len(TOPICS)))
-    settings = SamplerSettings(1.0, max_new_tokens=TOKENS)
-    groups = completer.generate(
-        prompts, samples=HEARD // len(prompts), settings=settings, seed=1000 * seed, version="start"
-    )
-    shown = [Passage(r.text) for group in groups for r in group]
-    return linear_head(read_passages(lm, shown), np.array([short_words(p.text) for p in shown]))[0]
+def head_of(task: Task, lm: Any, completer: LocalCompleter, seed: int) -> Reward:
+    """A head that knows the worth of whole replies of the start model, and nothing of words."""
+    shown = heard(completer, seed, TOKENS)
+    return linear_head(read_passages(lm, shown), np.array([task.worth(p.text) for p in shown]))[0]
 
 
 def in_advantage(score_BT: Any, rewards: Any, advantage_PG: Any, keep_BT: Any, *, beta: float, rest: Any) -> Any:
@@ -127,15 +150,24 @@ def in_advantage(score_BT: Any, rewards: Any, advantage_PG: Any, keep_BT: Any, *
     return credit.assign_signed(advantage_PG.flatten(), scaled_BT, keep_BT, beta=beta, rest=rest)
 
 
-def explained(lm: Any, method: Any, head: Reward, replies: Any, advantage_PG: Any, keep_BT: Any, rest: Any) -> Any:
-    """Credit as the head explains its reward, as `loop.crediting` makes it."""
+def explained(lm: Any, way: Way, replies: Any, advantage_PG: Any, keep_BT: Any) -> Any:
+    """Credit as a head or critic explains its reward, as `loop.crediting` makes it."""
     flat = [r for group in replies for r in group]
-    found = explain(method, lm, [Passage(r.text) for r in flat], head, contextual=False, steps=POINTS, budget=BUDGET)
+    shown = [Passage(r.text) for r in flat]
+    if way.method in BY_CRITIC:
+        found = attended(lm, shown, way.critic, budget=BUDGET)
+    else:
+        found = explain(way.method, lm, shown, way.head, contextual=False, steps=POINTS, budget=BUDGET)
+    if way.method == "attention":
+        found = [dataclasses.replace(one, scores=one.shares) for one in found]
     score_BT = torch.zeros_like(keep_BT)
     for b, (one, reply) in enumerate(zip(found, flat, strict=True)):
         score_BT[b, : len(reply.tokens)] = torch.tensor(onto(lm, one, reply.tokens)[0])
+    if way.method == "attention":
+        weights_BT = credit.weights("attention", keep_BT, score_BT, observer=False)
+        return credit.assign(advantage_PG.flatten(), weights_BT, keep_BT, beta=SHARE, rest=way.rest)
     rewards = torch.tensor([one.reward for one in found]).view_as(advantage_PG)
-    return in_advantage(score_BT, rewards, advantage_PG, keep_BT, beta=SHARE, rest=rest)
+    return in_advantage(score_BT, rewards, advantage_PG, keep_BT, beta=SHARE, rest=way.rest)
 
 
 def decomposed(
@@ -153,27 +185,23 @@ def decomposed(
     return in_advantage(score_BT, rewards, advantage_PG, keep_BT, beta=SHARE, rest=rest)
 
 
-def true_scores(lm: Any, reply: Any, mean: float) -> list[float]:
-    """What each token's word brought to the share of short words, less what a mean word brings."""
+def true_scores(lm: Any, task: Task, reply: Any, mean: float) -> list[float]:
+    """What each token's word brought."""
     text, spans = token_spans(reply.tokens, lm.whole_text)
-    words = [match.span() for match in re.finditer(r"\S+", text)]
-    worth = [((end - start <= 4) - mean) / len(words) for start, end in words]
-    return align(worth, words, spans)
+    words = task.words(text, mean)
+    return align([worth for worth, _ in words], [span for _, span in words], spans)
 
 
-def true_credit(lm: Any, replies: Any, advantage_PG: Any, rewards: Any, keep_BT: Any) -> Any:
+def true_credit(lm: Any, way: Way, replies: Any, advantage_PG: Any, rewards: Any, keep_BT: Any) -> Any:
     """Credit as it would be were everything known."""
     score_BT = torch.zeros_like(keep_BT)
-    for b, (reply, mean) in enumerate(
-        (reply, float(own.mean())) for group, own in zip(replies, rewards, strict=True) for reply in group
-    ):
-        score_BT[b, : len(reply.tokens)] = torch.tensor(true_scores(lm, reply, mean))
+    means = [float(group.mean()) for group in rewards for _ in group]
+    for b, reply in enumerate(reply for group in replies for reply in group):
+        score_BT[b, : len(reply.tokens)] = torch.tensor(true_scores(lm, way.task, reply, means[b]))
     return in_advantage(score_BT, rewards, advantage_PG, keep_BT, beta=1.0, rest="last")
 
 
-def groups_of(
-    lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, method: Any, head: Any, discount: float
-) -> list[TrainGroup]:
+def groups_of(lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, way: Way) -> list[TrainGroup]:
     """What a step learns from: each token weighed by the credit from it on."""
     rows = iter(range(PROMPTS * SAMPLES))
     packed = [
@@ -181,24 +209,22 @@ def groups_of(
         for p, group in zip(prompts, replies, strict=True)
     ]
     with adapter.off():
-        scores = score(lm, packed, budget=BUDGET, attention=method == "attention")
-    rewards = torch.tensor([[short_words(r.text) for r in group] for group in replies])
-    advantage_PG = advantages_grpo(rewards)
-    rest: Any = "last" if discount == 1.0 else "spread"  # else the last token would have all that is left to itself
-    if method == "truth":
-        credit_BT = true_credit(lm, replies, advantage_PG, rewards, scores.keep_BT)
-    elif isinstance(head, Decomposition):
-        with adapter.off():
-            credit_BT = decomposed(lm, packed, head, rewards, advantage_PG, scores.keep_BT, rest)
-    elif head is None:
-        weights = credit.weights(method, scores.keep_BT, scores.attention_BT)
-        credit_BT = credit.assign(advantage_PG.flatten(), weights, scores.keep_BT, beta=SHARE, rest=rest)
-    else:
-        with adapter.off():
-            credit_BT = explained(lm, method, head, replies, advantage_PG, scores.keep_BT, rest)
-    ahead = credit.reward_to_go(credit_BT, discount=discount)
-    if discount < 1.0:
-        ahead = credit.as_loud(ahead, credit_BT, scores.keep_BT)
+        scores = score(lm, packed, budget=BUDGET, attention=way.method == "generator")
+        rewards = way.rewards(lm, replies)
+        advantage_PG, keep_BT = advantages_grpo(rewards), scores.keep_BT
+        if way.method == "truth":
+            credit_BT = true_credit(lm, way, replies, advantage_PG, rewards, keep_BT)
+        elif way.method in PLAIN:
+            plain: Any = PLAIN[way.method]
+            weights = credit.weights(plain, keep_BT, scores.attention_BT)
+            credit_BT = credit.assign(advantage_PG.flatten(), weights, keep_BT, beta=SHARE, rest=way.rest)
+        elif isinstance(way.head, Decomposition):
+            credit_BT = decomposed(lm, packed, way.head, rewards, advantage_PG, keep_BT, way.rest)
+        else:
+            credit_BT = explained(lm, way, replies, advantage_PG, keep_BT)
+    ahead = credit.reward_to_go(credit_BT, discount=way.discount)
+    if way.discount < 1.0:
+        ahead = credit.as_loud(ahead, credit_BT, keep_BT)
     found = []
     for group, said in zip(packed, replies, strict=True):
         lengths = [len(c) for c in group.completions]
@@ -236,7 +262,7 @@ def spread(found: Sequence[float], form: str) -> str:
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
-def play(seeds: Iterable[int], arms: Sequence[str], file: Path | None, **how: float) -> Any:
+def play(seeds: Iterable[int], arms: Sequence[str], file: Path | None, **how: Any) -> Any:
     """Run what is not in the records; each run is written before the next begins."""
     rows = []
     for seed in seeds:
@@ -263,7 +289,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--arms", default=",".join(ARMS), help="METHOD or METHOD@DISCOUNT of " + ", ".join(METHODS))
-    parser.add_argument("--level", type=float, default=0.85)
+    parser.add_argument("--task", choices=TASKS, default="sentiment")
+    parser.add_argument("--level", type=float, help="default: the task's")
     parser.add_argument("--longest", type=int, default=96)
     parser.add_argument("--records", type=Path, help="append finished runs here, and skip those that stand there")
     parser.add_argument("--table", action="store_true", help="play nothing: print what stands in --records")
@@ -276,10 +303,11 @@ def main() -> None:
         )
     if given.table and not given.records:
         parser.error("--table needs --records")
+    level = TASKS[given.task].level if given.level is None else given.level
     seeds = range(given.first_seed, given.first_seed + (0 if given.table else given.seeds))
-    rows = play(seeds, arms, given.records, level=given.level, longest=given.longest)
+    rows = play(seeds, arms, given.records, task=given.task, level=level, longest=given.longest)
     rows = rows if given.table else [r for r in rows if r["arm"] in arms]
-    print(json.dumps({"rows": rows, "level": given.level}) if given.json else shown(rows))
+    print(json.dumps({"rows": rows, "task": given.task, "level": level}) if given.json else shown(rows))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
 from tutelage.feedback.critic_data import Passage, read_passages
 from tutelage.feedback.critic_reward import Reward
-from tutelage.loop.crediting import SignedMethod, explain, onto
+from tutelage.loop.explaining import SignedMethod, explain, onto
 from tutelage.policy.learner import score
 from tutelage.records import Generation, Message, Prompt, SamplerSettings
 

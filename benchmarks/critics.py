@@ -37,7 +37,7 @@ from tutelage.feedback.perturbation import perturb
 from tutelage.feedback.text_critic import TextCritic
 from tutelage.records import Message
 
-SOURCES = ("words", "encoder", "trunk", "both")
+SOURCES = ("words", "encoder", "trunk", "tokens", "both")
 FIGURES = ("auroc", "accuracy", "kappa", "brier", "ece", "length_correlation")
 
 
@@ -202,13 +202,19 @@ class Shelf:
         features: Features = {}
         seconds: dict[str, float] = {}
         for source in ("words", *sorted(blocks - {"words"})):  # words come first: with them comes the length
-            kept = self.folder / f"{name}-{source}-{len(texts)}.npz" if self.folder and source != "words" else None
+            kept = (
+                self.folder / f"{name}-{source}-{len(texts)}.npz"
+                if self.folder and source in ("trunk", "encoder")
+                else None
+            )
             if kept and kept.is_file():
                 with np.load(kept) as file:
                     features[source], seconds[source] = file["x"].astype(np.float32), float(file["seconds"])
                 continue
             reader = Reader(
-                source, self.lm if source == "trunk" else None, self.encoder if source == "encoder" else None
+                source,
+                self.lm if source in ("trunk", "tokens") else None,
+                self.encoder if source == "encoder" else None,
             )
             started = time.perf_counter()
             found = reader.read(texts, contextual=contextual)

@@ -371,6 +371,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rloo": {"update.objective": "rloo"},
     "uniform-credit": {"credit.method": "uniform"},
     "decomposed-credit": {"credit.method": "decomposed", "credit.discount": 0.0, "credit.rest": "spread"},
+    "attention-credit": {
+        "credit.judge": "liked",
+        "credit.discount": 0.0,
+        "credit.rest": "spread",
+        "judges": (Judge(name="liked", kind="critic", model="liked.safetensors", weight=0.5).model_dump(),),
+    },
     "prefix-credit": {
         "credit.method": "prefix",
         "credit.drop_sinks": "first",

@@ -16,7 +16,7 @@ def bench() -> ModuleType:
     sys.path.insert(0, str(FOLDER))
     try:
         spec = importlib.util.spec_from_file_location("bench_credit", FOLDER / "credit.py")
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules["bench_credit"] = importlib.util.module_from_spec(spec)  # dataclasses look there
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(FOLDER))
@@ -27,7 +27,7 @@ def bench() -> ModuleType:
 def played(bench, monkeypatch) -> list[tuple[str, int]]:
     calls = []
 
-    def run(arm, seed, *, level, longest):
+    def run(arm, seed, *, task, level, longest):
         calls.append((arm, seed))
         return {"arm": arm, "seed": seed, "steps": 10 + seed, "reached": True, "curve": [0.9], "kl": 0.1}
 
@@ -62,7 +62,8 @@ def test_other_settings_are_other_runs(bench, played, monkeypatch, capsys, tmp_p
     common = ("--records", records, "--seeds", "1", "--arms", "uniform")
     call(bench, monkeypatch, capsys, *common)
     call(bench, monkeypatch, capsys, *common, "--level", "0.7")
-    assert played == [("uniform", 0)] * 2
+    call(bench, monkeypatch, capsys, *common, "--task", "short")
+    assert played == [("uniform", 0)] * 3
     found = json.loads(call(bench, monkeypatch, capsys, *common, "--table", "--json", "--level", "0.7"))
     assert [r["level"] for r in found["rows"]] == [0.7]
 
@@ -81,8 +82,8 @@ def test_a_head_explains_what_it_was_told_of_replies(bench, monkeypatch, tiny_lm
     advantage_PG = torch.tensor([[1.0, -1.0], [-0.5, 0.5]])
     spread = []
     for sign in (1.0, -1.0):
-        head = lambda x, _: x @ weight_F  # noqa: E731 - a head of one line
-        found = bench.explained(tiny_lm, "prefix", head, replies, sign * advantage_PG, keep_BT, "last")
+        way = bench.Way(bench.TASKS["short"], "prefix", 1.0, head=lambda x, _: x @ weight_F)
+        found = bench.explained(tiny_lm, way, replies, sign * advantage_PG, keep_BT)
         assert (sign * found).sum(-1).tolist() == pytest.approx([1.0, -1.0, -0.5, 0.5], abs=1e-5)
         assert (found * (1 - keep_BT)).abs().max() == 0
         spread.append([bool(found[row, :3].any()) for row in (0, 2)])
@@ -90,8 +91,22 @@ def test_a_head_explains_what_it_was_told_of_replies(bench, monkeypatch, tiny_lm
     assert [a != b for a, b in zip(*spread, strict=True)] == [True, True]
 
 
+def test_each_word_is_known_to_bring_its_part(bench, tiny_lm) -> None:
+    """Two of three words are short: a third each, of which a mean word has two ninths; long ones lack as much."""
+    from types import SimpleNamespace
+
+    text = "old lamps burn"
+    reply = SimpleNamespace(text=text, tokens=tiny_lm.encode_reply(text)[:-1])
+    scores = bench.true_scores(tiny_lm, bench.TASKS["short"], reply, 2 / 3)
+    assert sum(scores) == pytest.approx(0.0, abs=1e-9)
+    assert max(scores) > 0 > min(scores)
+    pytest.importorskip("vaderSentiment", reason="VADER is not installed")
+    (good, _), (plain, _), (bad, _) = bench.TASKS["sentiment"].words("happy table horrible", 0.0)
+    assert good > plain == 0.0 > bad and bench.TASKS["sentiment"].worth("happy") > 0.5
+
+
 def test_bad_words_and_lines_are_refused(bench, played, monkeypatch, capsys, tmp_path) -> None:
-    for words in (["--arms", "latest"], ["--arms", "last@2"], ["--table"]):
+    for words in (["--arms", "latest"], ["--arms", "last@2"], ["--table"], ["--task", "long"]):
         with pytest.raises(SystemExit):
             call(bench, monkeypatch, capsys, *words)
     torn = tmp_path / "credit.jsonl"

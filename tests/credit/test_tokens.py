@@ -40,6 +40,11 @@ def test_attention_on_itself_alone_falls_back_to_uniform() -> None:
     assert got[0].tolist() == pytest.approx([1 / 3] * 3)
 
 
+def test_a_critics_attention_may_lie_on_the_last_token() -> None:
+    keep, seen = torch.ones(2, 2), torch.tensor([[0.25, 0.75], [0.0, 0.0]])
+    assert weights("attention", keep, seen, observer=False).tolist() == [[0.25, 0.75], [0.5, 0.5]]
+
+
 def test_attention_must_be_given() -> None:
     with pytest.raises(ValueError, match="attention"):
         weights("attention", KEEP, None)

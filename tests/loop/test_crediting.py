@@ -18,7 +18,8 @@ from tutelage.credit.faithfulness import additive_truth, correlation
 from tutelage.errors import ModelError, RecipeError
 from tutelage.feedback import critic_reward
 from tutelage.feedback.critic_data import Passage
-from tutelage.loop.crediting import Explained, explain, onto, spread_credit
+from tutelage.loop.crediting import spread_credit
+from tutelage.loop.explaining import Explained, explain, onto
 from tutelage.policy.learner import Scores
 from tutelage.records import Reward
 
@@ -148,7 +149,7 @@ NOUNS = ("train", "garden", "letter", "river", "window", "song", "market", "brid
 
 @pytest.fixture(scope="module")
 def critics(tmp_path_factory: pytest.TempPathFactory, tiny_dirs: dict[str, Path]) -> dict[str, Path]:
-    """By name: on the tiny Llama's trunk, on another's, and on words."""
+    """By name: on the tiny Llama's trunk, on another's, on words, and on the tiny Llama's tokens."""
     folder = tmp_path_factory.mktemp("critics")
     rows = [
         {"prompt": f"Tell me about the {n} number {i}.", "response": f"The {n} is {w} {i}.", "label": label}
@@ -156,7 +157,10 @@ def critics(tmp_path_factory: pytest.TempPathFactory, tiny_dirs: dict[str, Path]
     ]  # fmt: skip
     data = write_lines(folder / "rows.jsonl", rows)
     found = {}
-    for name, features, model in (("own", "trunk", "llama"), ("other", "trunk", "qwen2"), ("words", "words", "llama")):
+    for name, features, model in (
+        ("own", "trunk", "llama"), ("other", "trunk", "qwen2"), ("words", "words", "llama"),
+        ("tokens", "tokens", "llama"),
+    ):  # fmt: skip
         found[name] = folder / f"{name}.safetensors"
         done = tutelage_cli(
             "critic", "train", data, "--kind", "toxicity", "--features", features, "--model", tiny_dirs[model],
@@ -206,6 +210,31 @@ def test_a_run_spreads_credit_as_its_critic_explains(
     assert method in report
 
 
+@pytest.mark.parametrize("method", ["attention", "contribution"])
+def test_a_run_follows_its_critics_attention(
+    method: str, new_world: Callable[..., World], critics: dict[str, Path]
+) -> None:
+    world = with_critics(new_world(), rude=critics["tokens"])
+    settings = (f"credit.method={method}", "credit.judge=rude", "credit.rest=spread")
+    rows = play(world, *settings).rows("credits")
+    said = {v["subject"]: v["value"] for v in world.rows("verdicts", judge="rude")}
+    for row in rows:
+        assert sum(row["credit"]) == pytest.approx(row["advantage"], abs=1e-4)
+        assert (row["method"] == "uniform") == (said[row["generation_id"]] is None)
+        if method == "attention":  # no sign of its own
+            assert all(c * row["advantage"] >= -1e-6 for c in row["credit"])
+    (metrics,) = [m["values"] for m in world.rows("metrics", stage="credit")]
+    assert metrics["explained"] > 0 and metrics.get("defect", 0.0) < 1e-5
+    whole = credits(world, "one")
+    for n, other in enumerate(("credit.beta=0.3", "credit.drop_sinks=all", "credit.discount=0")):
+        assert credits(play(world, *settings, other, name=f"o{n}"), f"o{n}") != whole or "discount" in other, other
+    if method == "attention":
+        assert credits(play(world, *settings[::2], name="own"), "own") != whole, "that of the model itself"
+    for name in ("one", "o2"):
+        assert world.rows("credits", name)
+    assert world.weights("one") != world.weights("o2"), "a discount changes what is learned"
+
+
 def test_options_change_the_credit(new_world: Callable[..., World], critics: dict[str, Path]) -> None:
     world = with_critics(new_world(), rude=critics["own"], again=critics["own"])
     common = ("credit.judge=rude", "credit.method=prefix")
@@ -251,6 +280,8 @@ def test_the_named_judge_is_the_one_that_is_explained(
     assert play(world, "credit.method=prefix", "credit.judge=rude").rows("credits")
     done = world.play("--set", "credit.method=prefix", "--set", "credit.judge=plain", name="two")
     assert done.code == 2 and "'plain', which reads 'words'" in done.err and "--features trunk" in done.err
+    done = world.play("--set", "credit.judge=rude", name="two")
+    assert done.code == 2 and "'rude', which reads 'trunk'" in done.err and "--features tokens" in done.err
     assert not (world.runs / "two").exists()
 
 
@@ -265,7 +296,9 @@ def test_a_critic_of_another_trunk_is_refused(world: World, critics: dict[str, P
         ((), ("credit.method=prefix",), "[[judges]] has 0 of kind = critic: add one"),
         (("a", "b"), ("credit.method=prefix",), "has 2 of kind = critic: name one in credit.judge"),
         (("a",), ("credit.method=prefix", "credit.judge=c"), "the critics of [[judges]] are ['a']"),
-        (("a",), ("credit.judge=a",), "credit.judge is not read by credit.method = attention"),
+        (("a",), ("credit.judge=a", "credit.method=uniform"), "credit.judge is not read by credit.method = uniform"),
+        (("a",), ("credit.judge=b",), "the critics of [[judges]] are ['a']"),
+        ((), ("credit.method=contribution",), "--features tokens); [[judges]] has 0"),
         (("a",), ("credit.method=prefix", "credit.steps=4"), "credit.steps is not read by credit.method = prefix"),
         ((), ("credit.method=uniform", "credit.drop_sinks=all"), "credit.drop_sinks is not read"),
         ((), ("credit.method=last", "credit.rest=spread"), "credit.rest is not read by credit.method = last"),
@@ -327,7 +360,7 @@ def test_an_abstention_falls_back_and_is_counted(tiny_lm: Any, monkeypatch: pyte
     critic.name = "rude"
     critic.judging = SimpleNamespace(critic=SimpleNamespace(contextual=True), reader=SimpleNamespace(lm=tiny_lm))
     recipe = SimpleNamespace(
-        credit=SimpleNamespace(method="prefix", beta=1.0, rest="last", steps=1, drop_sinks="none"),
+        credit=SimpleNamespace(method="prefix", reads="trunk", beta=1.0, rest="last", steps=1, drop_sinks="none"),
         critic_of_credit="rude", update=SimpleNamespace(token_budget=100),
     )  # fmt: skip
     progress = SimpleNamespace(stage=lambda *_: None, advance=lambda *_: None)

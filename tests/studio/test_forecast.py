@@ -149,6 +149,12 @@ def test_frozen_layers_are_passed_but_not_learned(tiny_dirs: dict[str, Path]) ->
     assert work.learn(5, 5, 30.0, anchored=True) == pytest.approx(wanted + SPEEDS.forward(3, size))
 
 
+def test_tokens_are_read_where_critics_read_them() -> None:
+    from tutelage.feedback.token_states import DEPTH
+
+    assert module._ATTENDED == DEPTH
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_real_model_is_measured(full: bool, tiny_dirs: dict[str, Path]) -> None:
     prompts = [Prompt(f"p{i}", (Message("user", "Who was it?"),)) for i in range(5)]

@@ -25,7 +25,10 @@ def train(
         help_("what it looks for"),
     ],
     features: Annotated[
-        Literal["trunk", "encoder", "both", "words"], help_("what it reads: a model's hidden states, embeddings, words")
+        Literal["trunk", "encoder", "both", "words", "tokens"],
+        help_(
+            "what it reads: a model's hidden states, embeddings, both, words; tokens: states one by one, with attention"
+        ),
     ] = "both",
     positive: Annotated[str | None, help_("label that is looked for (default: the kind's own word)")] = None,
     model: Annotated[str | None, help_("language model whose hidden states are read")] = None,

@@ -196,8 +196,8 @@ class Recipe(Section):
             raise ValueError(f"credit.judge is '{how.judge}': the critics of [[judges]] are {critics}")
         if not how.judge and len(critics) != 1:
             raise ValueError(
-                f"credit.method = {how.method} explains the reward of one critic on the trunk (tutelage critic train "
-                f"FILE --features trunk); [[judges]] has {len(critics)} of kind = critic: "
+                f"credit.method = {how.method} explains the reward of one critic on the {how.reads} (tutelage critic "
+                f"train FILE --features {how.reads}); [[judges]] has {len(critics)} of kind = critic: "
                 + ("name one in credit.judge" if critics else "add one")
             )
         return how.judge or critics[0]

@@ -174,17 +174,21 @@ class Credit(Section):
     """How a reply's advantage is spread over its tokens."""
 
     method: Literal[
-        "attention", "uniform", "last", "prefix", "integrated-gradients", "gradient-input", "decomposed"
+        "attention", "uniform", "last", "contribution", "prefix", "integrated-gradients", "gradient-input", "decomposed"
     ] = Field(
         "attention",
-        description="where credit goes; prefix and gradients as a critic's head explains its reward, decomposed as a "
-        "regression of this run's rewards on its tokens tells",
+        description="where credit goes; contribution, prefix and gradients as a critic's head explains its reward, "
+        "decomposed as a regression of this run's rewards on its tokens tells",
     )
     beta: Fraction = Field(0.8, description="share that is spread; `rest` says who takes what is left")
     discount: Fraction = Field(
         1.0, description="of what later tokens bring; 1 is reward-to-go, 0 leaves each token what it brought itself"
     )
-    judge: str = Field("", description="the critic of [[judges]] that is explained; needed where there are several")
+    judge: str = Field(
+        "",
+        description="the critic of [[judges]] that is explained, needed where there are several; attention follows its "
+        "attention, or without one the model's own",
+    )
     steps: Count = Field(16, description="points on the path of integrated gradients")
     depth: Fraction = Field(0.0, description="decomposed: where tokens are read, as a share of the model's layers")
     rest: Literal["last", "spread"] = Field(
@@ -197,7 +201,7 @@ class Credit(Section):
     @model_validator(mode="after")
     def _reads_its_options(self) -> Credit:
         own = {
-            "judge": self.explains,
+            "judge": self.explains or self.method == "attention",
             "rest": self.method != "last",
             "beta": self.method != "last",
             "steps": self.method == "integrated-gradients",
@@ -217,7 +221,12 @@ class Credit(Section):
     @property
     def explains(self) -> bool:
         """Whether a critic's head explains its reward."""
-        return self.signed and self.method != "decomposed"
+        return (self.signed and self.method != "decomposed") or (self.method == "attention" and bool(self.judge))
+
+    @property
+    def reads(self) -> Literal["trunk", "tokens"]:
+        """What features the critic that is explained must stand on."""
+        return "tokens" if self.method in ("attention", "contribution") else "trunk"
 
     @property
     def signed(self) -> bool:

@@ -17,19 +17,21 @@ def weights(
     keep_BT: torch.Tensor,
     attention_BT: torch.Tensor | None,
     drop_BT: torch.Tensor | None = None,
+    *,
+    observer: bool = True,
 ) -> torch.Tensor:
     """Non-negative weights over each row's tokens that sum to one.
 
     Args:
-        method: `attention` follows the last layer's attention of the reply's last token, `uniform`
-            gives every token the same, `last` all to the last token.
+        method: `attention` follows attention (of a critic's head, or of the model's last layer at the reply's
+            last token), `uniform` gives every token the same, `last` all to the last token.
         keep_BT: 1.0 where the row has a token; every row has at least one.
         attention_BT: Needed for `attention`. Columns outside the reply (the prompt, with its
-            attention sink at the first token) are not in it. The last token's weight on itself is
-            dropped: it is the observer, and its self-attention says nothing about the others. A row
-            that puts no weight on any other token falls back to uniform.
+            attention sink at the first token) are not in it. A row without weight falls back to uniform.
         drop_BT: True for columns that draw attention whatever they say (`spans.sinks` finds them); they
             are left out before normalising. Only `attention` reads it.
+        observer: Whether the last token is who looks: its weight on itself is dropped then, because it says
+            nothing about the others.
 
     Source: Chan et al. 2024 (arXiv 2402.00782), section 3.
     """
@@ -42,7 +44,9 @@ def weights(
         return last_BT.to(keep_BT.dtype)
     if attention_BT is None:
         raise ValueError("attention credit needs the attention of the scored replies")
-    seen = attention_BT.clamp_min(0.0) * keep_BT * ~last_BT
+    seen = attention_BT.clamp_min(0.0) * keep_BT
+    if observer:
+        seen = seen * ~last_BT
     if drop_BT is not None:
         seen = seen * ~drop_BT
     total = seen.sum(-1, keepdim=True)

@@ -26,6 +26,7 @@ from tutelage.engines.features import Probe, tapped
 from tutelage.engines.load import LanguageModel, load_model
 from tutelage.engines.packing import Group, pack
 from tutelage.errors import InputError, ModelError
+from tutelage.feedback.token_states import read_states
 from tutelage.records import Message, Prompt
 
 __all__ = [
@@ -34,14 +35,15 @@ __all__ = [
     "read_texts",
 ]  # fmt: skip
 
-Source = Literal["trunk", "encoder", "both", "words"]
+Source = Literal["trunk", "encoder", "both", "words", "tokens"]
 BLOCKS: Mapping[str, tuple[str, ...]] = {
     "trunk": ("trunk",),
     "encoder": ("encoder", "words"),
     "both": ("trunk", "encoder", "words"),
     "words": ("words",),
+    "tokens": ("tokens",),
 }
-Block: TypeAlias = Any  # a matrix of numpy, or of scipy (csr), which has no types
+Block: TypeAlias = Any  # a matrix of numpy, or of scipy (csr), which has no types; or TokenStates
 Features = dict[str, Block]
 
 
@@ -220,12 +222,13 @@ def families(passages: Sequence[Passage], pair_with: Sequence[Passage] = ()) -> 
 
 # Where heads read, as shares of the depth; chosen on training folds (docs/log.md).
 PROBES = (Probe(0.2, "mean"), Probe(0.5, "mean"), Probe(0.7, "mean"), Probe(0.5, "last"))
+_BUDGET = 512  # tokens of a pass
 _LONGEST = 256  # tokens of a context (its end) and of a text (its beginning)
 
 
 @torch.inference_mode()
 def read_passages(
-    lm: LanguageModel, passages: Sequence[Passage], probes: Sequence[Probe] = PROBES, *, budget: int = 512
+    lm: LanguageModel, passages: Sequence[Passage], probes: Sequence[Probe] = PROBES, *, budget: int = _BUDGET
 ) -> np.ndarray:
     """(N, probes x hidden) float32: hidden states pooled over the tokens of each text, not of its context.
 
@@ -296,8 +299,9 @@ class Reader:
     """Reads the blocks of features that a source names.
 
     Args:
-        source: `trunk`, `encoder` (with words), `words`, or `both` trunk and encoder (with words).
-        lm: Needed where the source has a trunk.
+        source: `trunk`, `encoder` (with words), `words`, `both` trunk and encoder (with words), or
+            `tokens` of the trunk.
+        lm: Needed where the source has a trunk or its tokens.
         encoder: Needed where the source has an encoder.
 
     Raises:
@@ -307,7 +311,7 @@ class Reader:
     def __init__(self, source: Source, lm: LanguageModel | None = None, encoder: Encoder | None = None) -> None:
         if source not in BLOCKS:
             raise InputError(f"source '{source}'", expected=", ".join(BLOCKS), fix="choose one of these")
-        for block, model in (("trunk", lm), ("encoder", encoder)):
+        for block, model in (("trunk", lm), ("tokens", lm), ("encoder", encoder)):
             if block in BLOCKS[source] and model is None:
                 raise ModelError(f"source '{source}' without its {block}", expected=f"a model to read the {block}")
         self.source: Source = source
@@ -321,7 +325,7 @@ class Reader:
         blocks = BLOCKS.get(source, ())
         return cls(
             source,
-            load_model(model) if "trunk" in blocks else None,
+            load_model(model) if {"trunk", "tokens"} & set(blocks) else None,
             Encoder(encoder) if "encoder" in blocks else None,
         )
 
@@ -336,6 +340,8 @@ class Reader:
         for block in BLOCKS[self.source]:
             if block == "trunk" and self.lm is not None:
                 found[block] = read_passages(self.lm, passages)
+            elif block == "tokens" and self.lm is not None:
+                found[block] = read_states(self.lm, laid_out(self.lm, passages, budget=_BUDGET), len(passages))
             elif block == "encoder" and self.encoder is not None:
                 found[block] = _embedded(self.encoder, passages, contextual=contextual)
             else:
@@ -347,7 +353,7 @@ class Reader:
     def marks(self) -> dict[str, np.ndarray]:
         """What tells these models from others: numbers that a critic keeps beside its heads."""
         found = {}
-        if "trunk" in BLOCKS[self.source] and self.lm is not None:
+        if self.lm is not None and {"trunk", "tokens"} & set(BLOCKS[self.source]):
             found["trunk"] = np.frombuffer(self.lm.fingerprint.encode(), np.uint8).astype(np.float32)
         if "encoder" in BLOCKS[self.source] and self.encoder is not None:
             found["encoder"] = self.encoder.embed(["What is the name of the encoder that reads this?"])[0].numpy()

@@ -20,7 +20,7 @@ from sklearn.isotonic import IsotonicRegression
 from tutelage.feedback.critic_data import Block
 from tutelage.feedback.heads import regression
 
-__all__ = ["Figure", "Folds", "Linear", "Pool", "centred", "measure", "measure_pairs"]
+__all__ = ["Figure", "Folds", "Linear", "Pool", "centred", "log_loss", "measure", "measure_pairs"]
 
 Figure = tuple[float, float, float]  # value, and the limits of its 95% interval
 Folds = Sequence[tuple[np.ndarray, np.ndarray]]
@@ -98,7 +98,7 @@ class Linear:
         unseen_NL = np.zeros((len(labels_N), max(2, self.bias_ML.shape[1])))
         for (_, left), weight_FL, bias_L in zip(folds, self.weight_MFL, self.bias_ML, strict=True):
             unseen_NL[left] = centred(x_NF[left] @ weight_FL + bias_L)
-        return _log_loss(unseen_NL, labels_N), self, unseen_NL
+        return log_loss(unseen_NL, labels_N), self, unseen_NL
 
     def logits(self, x_NF: Block) -> np.ndarray:
         """(members, rows, labels) centred logits."""
@@ -160,7 +160,8 @@ def _best(tried: Sequence[tuple[float, Linear, np.ndarray]]) -> tuple[Linear, np
     return head, unseen_NL
 
 
-def _log_loss(logits_NL: np.ndarray, labels_N: np.ndarray) -> float:
+def log_loss(logits_NL: np.ndarray, labels_N: np.ndarray) -> float:
+    """Mean surprise at the labels, in nats."""
     return -float(log_softmax(logits_NL, axis=1)[np.arange(len(labels_N)), labels_N].mean())
 
 

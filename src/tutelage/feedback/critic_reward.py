@@ -17,10 +17,11 @@ from tutelage.engines.attention import AttentionPlan, attention_plan
 from tutelage.engines.features import Probe, listened
 from tutelage.engines.load import LanguageModel
 from tutelage.errors import ModelError
+from tutelage.feedback.attentive import Attentive
 from tutelage.feedback.critic_data import PROBES, Passage, laid_out
 from tutelage.feedback.critic_heads import Linear
 from tutelage.feedback.heads import Committee
-from tutelage.feedback.text_critic import COSTS, TextCritic
+from tutelage.feedback.text_critic import TextCritic
 
 __all__ = ["Prefixes", "Reward", "Text", "prefixes", "reward_of_critic", "spelled", "value_of_embeddings"]
 
@@ -70,17 +71,20 @@ def reward_of_critic(critic: TextCritic) -> Reward:
             expected="a critic on the trunk alone",
             fix="train it with --features trunk",
         )
-    sign = -1.0 if critic.kind in COSTS else 1.0
     weight_H = torch.tensor(critic.pool.weight_H, dtype=torch.float32)
     bias_L = torch.tensor(critic.pool.bias_L, dtype=torch.float32)
-    heads = [(name.split(".")[0], _torch_head(head)) for name, head in critic.heads.items()]
+    heads = [
+        (name.split(".")[0], _torch_head(head))
+        for name, head in critic.heads.items()
+        if not isinstance(head, Attentive)  # on a trunk's pooled states there is none
+    ]
     others = [k for k in range(len(critic.labels)) if k != critic.positive]
 
     def reward(features_NF: torch.Tensor, length_N: torch.Tensor) -> torch.Tensor:
         blocks = {"trunk": features_NF.float(), "length": length_N.float()[:, None]}
         said_HMNL = torch.stack([head(blocks[block]) for block, head in heads])
         logits_NL = (torch.tensordot(weight_H, said_HMNL, 1) + bias_L).mean(0)
-        odds_N: torch.Tensor = sign * (logits_NL[:, critic.positive] - logits_NL[:, others].logsumexp(-1))
+        odds_N: torch.Tensor = critic.sign * (logits_NL[:, critic.positive] - logits_NL[:, others].logsumexp(-1))
         return odds_N
 
     return reward

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ from scipy import sparse
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from tutelage.errors import InputError, ModelError
+from tutelage.feedback.attentive import Attentive
 from tutelage.feedback.critic_data import (
     BLOCKS,
     Block,
@@ -33,9 +35,10 @@ from tutelage.feedback.critic_data import (
 )
 from tutelage.feedback.critic_heads import Figure, Linear, Pool, centred, measure, measure_pairs
 from tutelage.feedback.heads import Committee
+from tutelage.feedback.token_states import TokenStates
 from tutelage.records import Cost, Generation, Prompt, Verdict
 
-__all__ = ["COSTS", "DESCRIBED", "FOLDS", "POSITIVE", "CriticJudge", "Scores", "TextCritic"]
+__all__ = ["COSTS", "DESCRIBED", "FOLDS", "POSITIVE", "CriticJudge", "Scores", "TextCritic", "log_odds"]
 
 # The kinds of critic, each with the label that means what it looks for when none is named.
 POSITIVE: Mapping[str, str] = {
@@ -51,7 +54,8 @@ COSTS = ("safety", "toxicity")  # their positive label is harm
 FOLDS = 5
 DESCRIBED = ("kind", "labels", "positive", "source", "contextual", "quality")
 _PREFERENCE = ("rejected", "chosen")
-_FORMS: Mapping[str, type[Linear] | type[Committee]] = {"linear": Linear, "committee": Committee}
+Form: TypeAlias = Linear | Committee | Attentive
+_FORMS: Mapping[str, type[Form]] = {"linear": Linear, "committee": Committee, "attention": Attentive}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,7 @@ class TextCritic:
     positive: int
     source: Source
     contextual: bool
-    heads: dict[str, Linear | Committee]
+    heads: dict[str, Form]
     pool: Pool
     marks: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     quality: dict[str, Figure] = dataclasses.field(default_factory=dict)
@@ -114,8 +118,8 @@ class TextCritic:
     ) -> TextCritic:
         """Fit a critic of classes on the blocks that `source` names.
 
-        A linear head a block, and on dense blocks a committee of small networks beside it; the pool
-        weighs them by what they say of rows they had not seen.
+        A linear head a block, and on dense blocks a committee of small networks beside it; on tokens one of
+        attention. The pool weighs them by what they say of rows they had not seen.
 
         Args:
             features: Of N texts.
@@ -131,17 +135,21 @@ class TextCritic:
         """
         splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
         folds = list(splitter.split(labels_N, labels_N, families_N))
-        heads: dict[str, Linear | Committee] = {}
+        heads: dict[str, Form] = {}
         unseen = []
         for block in BLOCKS[source]:
             x_NF = features[block]
-            heads[f"{block}.linear"], unseen_NL = Linear.fit(x_NF, labels_N, folds)
-            unseen.append(unseen_NL)
-            if not sparse.issparse(x_NF):
-                heads[f"{block}.committee"], vote_NL = Committee.fit(
-                    x_NF, labels_N, len(labels), members=FOLDS, seed=seed
-                )
-                unseen.append(_log(vote_NL))
+            fitted: dict[str, tuple[Form, np.ndarray]] = {}
+            if isinstance(x_NF, TokenStates):
+                fitted["attention"] = Attentive.fit(x_NF, labels_N, folds, seed=seed)
+            else:
+                fitted["linear"] = Linear.fit(x_NF, labels_N, folds)
+                if not sparse.issparse(x_NF):
+                    committee, vote_NL = Committee.fit(x_NF, labels_N, len(labels), members=FOLDS, seed=seed)
+                    fitted["committee"] = committee, _log(vote_NL)
+            for form, (head, unseen_NL) in fitted.items():
+                heads[f"{block}.{form}"] = head
+                unseen.append(unseen_NL)
         pool = Pool.fit(np.stack(unseen), labels_N, bias=len(labels) == 2, isotonic=isotonic)
         return cls(kind, tuple(labels), positive, source, contextual, heads, pool)
 
@@ -163,14 +171,17 @@ class TextCritic:
         et al. 2024, arXiv:2402.07319). Linear heads need no penalty on the correlation with length:
         regression on it takes out of the reward what is left.
         """
-        difference = {block: chosen[block] - rejected[block] for block in (*BLOCKS[source], "length")}
-        longer_N = difference["length"][:, 0]
+        longer_N = (chosen["length"] - rejected["length"])[:, 0]
+        aside_N = longer_N * disentangle
         folds = list(GroupKFold(FOLDS, shuffle=True, random_state=seed).split(longer_N, groups=families_N))
-        heads: dict[str, Linear | Committee] = {}
+        heads: dict[str, Form] = {}
         unseen = []
         for block in BLOCKS[source]:
-            head, unseen_NL = Linear.fit_pairs(difference[block], folds, longer_N * disentangle)
-            heads[f"{block}.linear"] = head
+            here, there = chosen[block], rejected[block]
+            if isinstance(here, TokenStates):
+                heads[f"{block}.attention"], unseen_NL = Attentive.fit_pairs(here, there, folds, aside_N, seed=seed)
+            else:
+                heads[f"{block}.linear"], unseen_NL = Linear.fit_pairs(here - there, folds, aside_N)
             unseen.append(unseen_NL)
         labels_N = np.ones(len(longer_N), np.int64)
         if disentangle:
@@ -189,16 +200,23 @@ class TextCritic:
         critic.pool = dataclasses.replace(pool, bias_L=np.array([average, -average]))
         return critic
 
+    @property
+    def sign(self) -> float:
+        """1 where the positive label is wanted, -1 where it is harm."""
+        return -1.0 if self.kind in COSTS else 1.0
+
+    def logits(self, features: Features) -> np.ndarray:
+        """(members, N, labels) pooled logits, centred."""
+        return self.pool.logits(np.stack([_said(head, features[n.split(".")[0]]) for n, head in self.heads.items()]))
+
     def score_features(self, features: Features) -> Scores:
         """Score texts of which the features are already there."""
-        said = [_said(head, features[name.split(".")[0]]) for name, head in self.heads.items()]
-        logits_MNL = self.pool.logits(np.stack(said))
+        logits_MNL = self.logits(features)
         logits_NL = logits_MNL.mean(0)
-        others_N = np.logaddexp.reduce(np.delete(logits_NL, self.positive, axis=1), axis=1)
         return Scores(
             self.pool.probability(logits_NL),
             self.pool.probability(logits_MNL)[..., self.positive].std(0),
-            logits_NL[:, self.positive] - others_N,
+            log_odds(logits_NL, self.positive),
         )
 
     def measure(self, features: Features, labels_N: np.ndarray, families_N: np.ndarray) -> dict[str, Figure]:
@@ -222,8 +240,7 @@ class TextCritic:
 
     def reward(self, passages: Sequence[Passage], reader: Reader) -> np.ndarray:
         """(N,) log-odds of what is wanted: of the positive label, or against it where that is harm."""
-        sign = -1.0 if self.kind in COSTS else 1.0
-        return sign * self.score(passages, reader).log_odds_N
+        return self.sign * self.score(passages, reader).log_odds_N
 
     def cost(self, passages: Sequence[Passage], reader: Reader) -> np.ndarray:
         """(N,) log-odds of harm: above zero where it is more likely than not.
@@ -287,7 +304,7 @@ class TextCritic:
             tensors = load_file(path)
             with safe_open(path, framework="numpy") as file:
                 described = json.loads((file.metadata() or {})["text_critic"])
-            heads: dict[str, Linear | Committee] = {}
+            heads: dict[str, Form] = {}
             for name in described.pop("heads"):
                 form = _FORMS[name.split(".")[1]]
                 heads[name] = form(**{f.name: tensors[f"head.{name}.{f.name}"] for f in dataclasses.fields(form)})
@@ -304,9 +321,15 @@ class TextCritic:
             ) from error
 
 
-def _said(head: Linear | Committee, x_NF: Block) -> np.ndarray:
+def log_odds(logits_NL: np.ndarray, label: int) -> np.ndarray:
+    """(N,) of a label against all others."""
+    odds_N: np.ndarray = logits_NL[:, label] - np.logaddexp.reduce(np.delete(logits_NL, label, axis=1), axis=1)
+    return odds_N
+
+
+def _said(head: Form, x_NF: Block) -> np.ndarray:
     """(members, rows, labels) logits of a head."""
-    return head.logits(x_NF) if isinstance(head, Linear) else _log(head.votes(x_NF))
+    return _log(head.votes(x_NF)) if isinstance(head, Committee) else head.logits(x_NF)
 
 
 def _log(probability: np.ndarray) -> np.ndarray:

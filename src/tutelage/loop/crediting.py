@@ -6,123 +6,28 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from tutelage.config import Recipe
 from tutelage.credit import tokens as credit
-from tutelage.credit.attribution import gradient_input, integrated_gradients, mean_embedding
 from tutelage.credit.signed import slopes
-from tutelage.credit.spans import Span, align, sinks, token_spans
+from tutelage.credit.spans import sinks
 from tutelage.engines.features import reply_states
 from tutelage.engines.load import LanguageModel
 from tutelage.errors import RecipeError
 from tutelage.feedback.critic_data import Passage
 from tutelage.feedback.critic_judge import ComparingCritic
-from tutelage.feedback.critic_reward import Reward, prefixes, reward_of_critic, spelled, value_of_embeddings
+from tutelage.feedback.critic_reward import reward_of_critic
 from tutelage.feedback.text_critic import TextCritic
 from tutelage.loop.bench import Workbench
+from tutelage.loop.explaining import Explained, attended, explain, onto
 from tutelage.policy.learner import Scores
 from tutelage.records import Generation, Prompt
 from tutelage.records import Reward as Total
 from tutelage.store.ledger import Unit
 
-__all__ = ["Explained", "SignedMethod", "check_credit", "explain", "note_pieces", "onto", "spread_credit"]
-
-SignedMethod = Literal["prefix", "integrated-gradients", "gradient-input"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Explained:
-    """What made a text's reward.
-
-    Args:
-        tokens: The text's own, as the trunk reads it.
-        scores: In the reward's unit, one a token.
-        reward: Of the whole text.
-        change: What the scores explain: the reward of the text less that of an empty or blanked one.
-    """
-
-    tokens: tuple[int, ...]
-    scores: tuple[float, ...]
-    reward: float
-    change: float
-
-    @property
-    def defect(self) -> float:
-        """How far the scores are from summing to the change."""
-        return abs(self.change - math.fsum(self.scores))
-
-
-def explain(
-    method: SignedMethod,
-    lm: LanguageModel,
-    passages: Sequence[Passage],
-    reward: Reward,
-    *,
-    contextual: bool = True,
-    steps: int = 16,
-    budget: int = 512,
-) -> list[Explained]:
-    """Scores of each text's tokens by the reward of a head on the trunk.
-
-    Args:
-        method: `prefix` reads the reward after every token; `integrated-gradients` and `gradient-input` follow its
-            gradient from the text with every token's embedding replaced by the vocabulary's mean.
-        lm: The trunk; whatever it wears is off.
-        passages: Texts in their contexts.
-        reward: Of features and length.
-        contextual: Whether contexts are read.
-        steps: Points of the path.
-        budget: Tokens of a pass.
-    """
-    if method == "prefix":
-        found = prefixes(lm, passages, reward, contextual=contextual, budget=budget)
-        return [
-            Explained(
-                p.tokens, tuple(p.rewards.diff().tolist()), float(p.rewards[-1]), float(p.rewards[-1] - p.rewards[0])
-            )
-            for p in found
-        ]
-    blank = mean_embedding(lm)
-    rows: dict[int, Explained] = {}
-    for texts in spelled(lm, passages, contextual=contextual, budget=budget):
-        size = max(1, budget // (1 + max(len(t.context) + len(t.tokens) for t in texts)))
-        for start in range(0, len(texts), size):
-            part = texts[start : start + size]
-            value, embeds_BTD, keep_BT = value_of_embeddings(lm, part, reward)
-            if method == "gradient-input":
-                told = gradient_input(value, embeds_BTD, keep_BT, baseline=blank)
-            else:
-                told = integrated_gradients(value, embeds_BTD, keep_BT, baseline=blank, steps=steps)
-            with torch.no_grad():
-                whole_B = value(embeds_BTD)
-            for b, text in enumerate(part):
-                own = told.score_BT[b].float()[keep_BT[b] > 0].tolist()
-                rows[text.row] = Explained(text.tokens, tuple(own), float(whole_B[b]), float(told.change_B[b]))
-    return [rows[row] for row in range(len(passages))]
-
-
-def onto(lm: LanguageModel, one: Explained, tokens: Sequence[int]) -> tuple[list[float], bool]:
-    """The scores on the tokens that were drawn, and whether they had to be moved.
-
-    A critic reads the reply's text, which the tokenizer may cut otherwise than the policy drew it; then each score
-    goes where its characters went. The token that ends a turn explains nothing.
-    """
-    own = list(tokens)
-    while own and own[-1] in lm.stop_tokens:
-        own.pop()
-    rest = [0.0] * (len(tokens) - len(own))
-    if tuple(own) == one.tokens:
-        return [*one.scores, *rest], False
-    if not own or not one.tokens:
-        return [0.0] * len(tokens), bool(one.tokens)
-    raw, spans = token_spans(own, lm.whole_text)
-    lead = len(raw) - len(raw.lstrip())
-    _, read = token_spans(one.tokens, lm.whole_text)
-    moved: list[Span] = [(a + lead, b + lead) for a, b in read]
-    return [*align(one.scores, moved, spans), *rest], True
+__all__ = ["check_credit", "note_pieces", "spread_credit"]
 
 
 def spread_credit(
@@ -141,14 +46,20 @@ def spread_credit(
     flat = [r for group in replies_PG for r in group]
     names: list[str] = [how.method] * len(flat)
     if how.method == "attention" or how.method == "uniform" or how.method == "last":
-        weights_BT = credit.weights(how.method, scores.keep_BT, scores.attention_BT, _dropped(bench, scores, flat))
+        seen_BT, critic = scores.attention_BT, bool(bench.recipe.critic_of_credit)
+        if critic:
+            explained = _explained(bench, prompts, advantage_PG, rewards_PG, replies_PG, unit)
+            seen_BT = _looked(explained, scores, flat, unit, number)
+            names = [how.method if known else "uniform" for known in explained.said_B]
+        drop_BT = _dropped(bench, scores, flat)
+        weights_BT = credit.weights(how.method, scores.keep_BT, seen_BT, drop_BT, observer=not critic)
         credit_BT = credit.assign(advantage_B, weights_BT, scores.keep_BT, beta=how.beta, rest=how.rest)
     elif how.method == "decomposed":
         reward_PG = torch.tensor([[math.nan if r.total is None else r.total for r in group] for group in rewards_PG])
         credit_BT = _decomposed(bench, prompts, advantage_PG, reward_PG, scores, replies_PG, unit, number)
         names = ["uniform" if gone else how.method for gone in reward_PG.flatten().isnan().tolist()]
     else:
-        explained = _explained(bench, how.method, prompts, advantage_PG, rewards_PG, replies_PG, unit)
+        explained = _explained(bench, prompts, advantage_PG, rewards_PG, replies_PG, unit)
         credit_BT = _signed(bench, explained, advantage_PG, scores, flat, unit, number)
         names = [how.method if known else "uniform" for known in explained.said_B]
     for row, (reply, name) in enumerate(zip(flat, names, strict=True)):
@@ -183,7 +94,6 @@ class _Batch:
 
 def _explained(
     bench: Workbench,
-    method: SignedMethod,
     prompts: Sequence[Prompt],
     advantage_PG: torch.Tensor,
     rewards_PG: Sequence[Sequence[Total]],
@@ -193,25 +103,49 @@ def _explained(
     """Ask the critic's head about the replies that it has judged and that can teach something."""
     name = bench.recipe.critic_of_credit
     critic = next(j for j in bench.judges if j.name == name)
+    how = bench.recipe.credit
+    method = how.method
     if not isinstance(critic, ComparingCritic) or critic.judging.reader.lm is None:
-        raise _refused(f"credit.method = {method} explains the judge '{name}', which has no head on the trunk")
+        raise _refused(
+            f"credit.method = {method} explains the judge '{name}', which is no critic on a trunk", how.reads
+        )
+    lm, told, budget = critic.judging.reader.lm, critic.judging.critic, bench.recipe.update.token_budget
     said_B = [one.raw.get(name) is not None for group in rewards_PG for one in group]
     flat = [(p, r) for p, group in zip(prompts, replies_PG, strict=True) for r in group]
     # A group without a difference teaches nothing, whatever explains it.
     alive_B = (advantage_PG != 0).any(-1, keepdim=True).expand_as(advantage_PG).flatten().tolist()
     rows = [row for row in range(len(flat)) if said_B[row] and alive_B[row]]
     bench.progress.stage(f"{unit.name}: credit", len(rows), "replies")
-    found = explain(
-        method,
-        critic.judging.reader.lm,
-        [Passage(flat[row][1].text, flat[row][0].messages) for row in rows],
-        reward_of_critic(critic.judging.critic),
-        contextual=critic.judging.critic.contextual,
-        steps=bench.recipe.credit.steps,
-        budget=bench.recipe.update.token_budget,
-    )
+    passages = [Passage(flat[row][1].text, flat[row][0].messages) for row in rows]
+    if method == "prefix" or method == "integrated-gradients" or method == "gradient-input":
+        steps, reward = how.steps, reward_of_critic(told)
+        found = explain(method, lm, passages, reward, contextual=told.contextual, steps=steps, budget=budget)
+    else:
+        found = attended(lm, passages, told, budget=budget)
     bench.progress.advance(len(rows))
-    return _Batch(said_B, dict(zip(rows, found, strict=True)), critic.judging.reader.lm)
+    return _Batch(said_B, dict(zip(rows, found, strict=True)), lm)
+
+
+def _looked(explained: _Batch, scores: Scores, flat: Sequence[Generation], unit: Unit, number: int) -> torch.Tensor:
+    """Where the critic looked; nowhere in a reply of which it said nothing, which so falls back to even weights."""
+    rows = {row: dataclasses.replace(one, scores=one.shares) for row, one in explained.rows.items()}
+    share_BT, moved = _placed(dataclasses.replace(explained, rows=rows), scores, flat)
+    unit.metrics(number, "credit", _counted(explained, moved))
+    return share_BT
+
+
+def _placed(explained: _Batch, scores: Scores, flat: Sequence[Generation]) -> tuple[torch.Tensor, int]:
+    """The scores on the tokens that were drawn, and of how many replies they had to be moved."""
+    score_BT, moved = torch.zeros_like(scores.keep_BT), 0
+    for row, one in explained.rows.items():
+        values, other = onto(explained.lm, one, flat[row].tokens)
+        score_BT[row, : len(values)] = torch.tensor(values)
+        moved += other
+    return score_BT, moved
+
+
+def _counted(explained: _Batch, moved: int) -> dict[str, float]:
+    return {"explained": len(explained.rows), "abstained": explained.said_B.count(False), "retokenised": moved}
 
 
 def _signed(
@@ -224,20 +158,13 @@ def _signed(
     number: int,
 ) -> torch.Tensor:
     """Credit by the critic's scores; evenly spread where it said nothing."""
-    score_BT, reward_B = torch.zeros_like(scores.keep_BT), torch.full((len(scores.keep_BT),), math.nan)
-    moved = 0
+    score_BT, moved = _placed(explained, scores, flat)
+    reward_B = torch.full((len(scores.keep_BT),), math.nan)
     for row, one in explained.rows.items():
-        values, other = onto(explained.lm, one, flat[row].tokens)
-        score_BT[row, : len(values)] = torch.tensor(values)
         reward_B[row] = one.reward
-        moved += other
     change = math.fsum(abs(one.change) for one in explained.rows.values())
-    numbers: dict[str, float] = {
-        "explained": len(explained.rows),
-        "abstained": explained.said_B.count(False),
-        "retokenised": moved,
-        "defect": math.fsum(one.defect for one in explained.rows.values()) / change if change else 0.0,
-    }
+    defect = math.fsum(one.defect for one in explained.rows.values()) / change if change else 0.0
+    numbers = _counted(explained, moved) | {"defect": defect}
     credit_BT, found = _in_advantage(bench, score_BT, reward_B, explained.said_B, advantage_PG, scores, flat)
     unit.metrics(number, "credit", numbers | found)
     return credit_BT
@@ -329,14 +256,14 @@ def check_credit(recipe: Recipe) -> None:
     if not name:
         return
     file = next(judge.model for judge in recipe.judges if judge.name == name)
-    source = TextCritic.load(Path(file).expanduser()).source
-    if source != "trunk":
-        raise _refused(f"credit.method = {recipe.credit.method} explains the judge '{name}', which reads '{source}'")
+    source, how = TextCritic.load(Path(file).expanduser()).source, recipe.credit
+    if source != how.reads:
+        raise _refused(f"credit.method = {how.method} explains the judge '{name}', which reads '{source}'", how.reads)
 
 
-def _refused(got: str) -> RecipeError:
+def _refused(got: str, reads: str) -> RecipeError:
     return RecipeError(
         got,
-        expected="a critic on hidden states alone",
-        fix="train it with --features trunk, name another in credit.judge, or take credit.method = attention",
+        expected=f"a critic on {reads} alone",
+        fix=f"train it with --features {reads}, name another in credit.judge, or take another credit.method",
     )

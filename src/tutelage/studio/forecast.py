@@ -24,6 +24,7 @@ _LENGTH = {"start": 0.9, "taught": 0.75}
 _PROGRAM = 1.15e9  # bytes: Python, torch, tokenizer, encoder, the critic's features
 _KEPT = 1.4  # bytes taken for a byte that is kept for the backward pass: what lies between is lost
 _START = 8.0  # seconds: imports and weights
+_ATTENDED = 0.2  # of the layers, where critics read tokens: token_states.DEPTH, which would bring in torch
 _SECONDS_A_VERDICT = 0.004  # seconds: embedding a reply and reading it, with the embedded encoder on one core
 _SIGNS_A_TOKEN = 4.0  # characters, in English
 _SECONDS_A_LABEL = 0.005  # seconds: a labelled question's share of training the critic's heads
@@ -193,10 +194,11 @@ class _Work:
 
         By prefixes a reply of T tokens is a pass over 2T; a prompt stands once for its replies. By gradients each reply
         goes with its prompt alone, forward and back (twice forward's work) at every point, and forward three times
-        more: both ends of the path, and the reward itself. Decomposed rewards read the replies twice, to their depth.
+        more: both ends of the path, and the reward itself. Decomposed rewards read the replies twice, to their depth;
+        a critic with attention of its own reads them once.
         """
         how = self.recipe.credit
-        if not how.signed or not replies:
+        if not (how.signed or how.explains) or not replies:
             return 0.0
         if how.method == "decomposed":
             return (
@@ -204,6 +206,8 @@ class _Work:
                 * max(how.depth, 1.0 / self.speeds.layers)
                 * self.forward(prompts * self.speeds.prompt + replies * length)
             )
+        if how.method in ("attention", "contribution"):
+            return _ATTENDED * self.forward(prompts * self.speeds.prompt + replies * length)
         if how.method == "prefix":
             return self.forward(prompts * self.speeds.prompt + 2 * replies * length)
         points = how.steps if how.method == "integrated-gradients" else 1
