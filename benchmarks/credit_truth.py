@@ -1,10 +1,12 @@
 """How true credit is where the truth is known: every token earns a fixed amount, and a head knows only the sums.
 
     python benchmarks/credit_truth.py                     # two seeds, every method
+    python benchmarks/credit_truth.py --task sentiment    # few words earn something (pip install vaderSentiment==3.3.2)
     python benchmarks/credit_truth.py --seeds 1 --json
 
 Replies of SmolLM2-135M-Instruct (temperature 1, TOKENS tokens each) earn the sum of what their tokens are worth:
-the KINDS commonest tokens a number from a normal distribution of the seed, all others nothing. A ridge regression on
+the KINDS commonest tokens a number from a normal distribution of the seed, all others nothing (`prices`), or words what
+VADER's lexicon says, most of them nothing (`sentiment`). A ridge regression on
 what a critic reads of whole replies (`critic_data.PROBES`) learns these sums from LEARNED replies; it never sees what
 a token earned. Then REPLIES others are explained, behind no prompt. By method:
 
@@ -12,7 +14,10 @@ a token earned. Then REPLIES others are explained, behind no prompt. By method:
 - what the scores lack to the change of the head's reward that they explain, as a share of it;
 - deletion: the true reward of what is left as tokens go, those with the highest score first; 0 is the mean of random
   orders, 1 that of the true order;
-- seconds of the processor a reply; attention's are those of the pass that scores the replies anyway.
+- seconds of the processor a reply; the generator's attention's are those of the pass that scores the replies anyway.
+
+`attention` and `contribution` are those of a critic on tokens that was told less: which of the same LEARNED replies
+earned more than the median. `generator` is the model's own attention.
 
 Two yardsticks stand beside the methods: the truth itself, and `occlusion`, the head's reward less its reward without
 the token (one reading for every token), which is the best that the head could know by simple means.
@@ -27,29 +32,38 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import numpy as np
 import torch
+from credit_tasks import TASKS
 from grpo_vs_trl import TOPICS, endless
 
 from tutelage.credit import tokens as credit
 from tutelage.credit.decomposition import Decomposition
 from tutelage.credit.faithfulness import correlation, deletion
+from tutelage.credit.spans import align, token_spans
 from tutelage.engines.features import reply_states
 from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
-from tutelage.feedback.critic_data import Passage, read_passages
+from tutelage.feedback.critic_data import Passage, Reader, read_passages
 from tutelage.feedback.critic_reward import Reward
-from tutelage.loop.explaining import SignedMethod, explain, onto
+from tutelage.feedback.text_critic import TextCritic
+from tutelage.loop.explaining import SignedMethod, attended, explain, onto
 from tutelage.policy.learner import score
 from tutelage.records import Generation, Message, Prompt, SamplerSettings
 
 LEARNED, REPLIES, TOKENS, KINDS, FOLDS, BUDGET = 400, 60, 16, 60, 5, 512
 PENALTIES = (1e1, 1e2, 1e3, 1e4, 1e5)
-METHODS = ("decomposed", *get_args(SignedMethod), "attention", "uniform", "last", "occlusion", "truth")
+METHODS = (
+    "decomposed", "contribution", *get_args(SignedMethod), "attention", "generator", "uniform", "last", "occlusion",
+    "truth",
+)  # fmt: skip
+
+
+Worth = Callable[[Generation], list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +80,7 @@ class Task:
     others: list[tuple[tuple[int, ...], Generation, float]]  # those, with their prompts and sums
 
 
-def task(lm: Any, seed: int) -> Task:
+def task(lm: Any, seed: int, kind: str) -> Task:
     """Draw replies, price their tokens, fit the head."""
     prompts = [Prompt(t, (Message("user", f"Write a long story about {t}."),)) for t in TOPICS]
     samples = -(-(LEARNED + REPLIES) // len(prompts))
@@ -77,17 +91,34 @@ def task(lm: Any, seed: int) -> Task:
     pairs = [(lm.encode(p), group[g]) for g in range(samples) for p, group in zip(prompts, drawn, strict=True)]
     pairs = [(p, r) for p, r in pairs if lm.encode_reply(r.text)[:-1] == tuple(r.tokens)][: LEARNED + REPLIES]
     replies, explained = [r for _, r in pairs[REPLIES:]], pairs[:REPLIES]
-    common = Counter(t for _, r in pairs for t in r.tokens).most_common(KINDS)
-    worth = torch.randn(len(common), generator=torch.Generator().manual_seed(seed)).tolist()
-    price = {token: value for (token, _), value in zip(common, worth, strict=True)}
-    sums = np.array([sum(price.get(t, 0.0) for t in r.tokens) for r in replies])
+    worth_of = valences(lm) if kind == "sentiment" else prices([r for _, r in pairs], seed)
+    sums = np.array([sum(worth_of(r)) for r in replies])
     reward, unseen = linear_head(read_passages(lm, [Passage(r.text) for r in replies], budget=BUDGET), sums)
     own = [r for _, r in explained]
-    truth_BT = torch.tensor([[price.get(t, 0.0) for t in r.tokens] for r in own])
+    truth_BT = torch.tensor([worth_of(r) for r in own])
     said = reward(torch.from_numpy(read_passages(lm, [Passage(r.text) for r in own], budget=BUDGET)), truth_BT)
     fit = float(np.corrcoef(said.numpy(), truth_BT.sum(-1).numpy())[0, 1])
     others = [(p, r, float(one)) for (p, r), one in zip(pairs[REPLIES:], sums, strict=True)]
     return Task(lm, own, [p for p, _ in explained], truth_BT, reward, fit, unseen, others)
+
+
+def prices(replies: Sequence[Generation], seed: int) -> Worth:
+    """The commonest tokens earn a number from a normal distribution each."""
+    common = Counter(t for r in replies for t in r.tokens).most_common(KINDS)
+    worth = torch.randn(len(common), generator=torch.Generator().manual_seed(seed)).tolist()
+    price = {token: value for (token, _), value in zip(common, worth, strict=True)}
+    return lambda reply: [price.get(t, 0.0) for t in reply.tokens]
+
+
+def valences(lm: Any) -> Worth:
+    """Words earn what VADER's lexicon says, parted among their tokens by characters."""
+
+    def worth(reply: Generation) -> list[float]:
+        text, spans = token_spans(reply.tokens, lm.whole_text)
+        words = TASKS["sentiment"].words(text, 0.0)
+        return align([value for value, _ in words], [span for _, span in words], spans)
+
+    return worth
 
 
 def linear_head(x_NF: np.ndarray, y_N: np.ndarray) -> tuple[Reward, float]:
@@ -137,6 +168,8 @@ def scores_of(method: str, given: Task, steps: int) -> tuple[torch.Tensor, float
         return occluded(given), None
     if method == "decomposed":
         return decomposed(given), None
+    if method in ("attention", "contribution"):
+        return by_critic(method, given, passages)
     signed = next((m for m in get_args(SignedMethod) if m == method), None)
     if signed is not None:
         found = explain(signed, given.lm, passages, given.reward, contextual=False, steps=steps, budget=BUDGET)
@@ -146,11 +179,29 @@ def scores_of(method: str, given: Task, steps: int) -> tuple[torch.Tensor, float
     groups = [
         Group(p, (tuple(r.tokens),), (b,)) for b, (p, r) in enumerate(zip(given.prompts, given.replies, strict=True))
     ]
-    found_s = score(given.lm, groups, budget=BUDGET, attention=method == "attention")
-    weights_BT = credit.weights(method, found_s.keep_BT, found_s.attention_BT)  # type: ignore[arg-type]
+    found_s = score(given.lm, groups, budget=BUDGET, attention=method == "generator")
+    plain: Any = "attention" if method == "generator" else method
+    weights_BT = credit.weights(plain, found_s.keep_BT, found_s.attention_BT)
     reward_B = given.reward(torch.from_numpy(read_passages(given.lm, passages, budget=BUDGET)), weights_BT)
     # What a reply earns above the mean is spread, as an advantage is.
     return (reward_B - reward_B.mean())[:, None] * weights_BT, None
+
+
+def by_critic(method: str, given: Task, passages: Sequence[Passage]) -> tuple[torch.Tensor, float | None]:
+    """Where a critic looks that was told which of the others earn more, or what it says each token brought."""
+    sums_N = np.array([one for *_, one in given.others])
+    features = Reader("tokens", given.lm).read([Passage(r.text) for _, r, _ in given.others], contextual=False)
+    critic = TextCritic.fit(
+        features, (sums_N > np.median(sums_N)).astype(np.int64), np.arange(len(sums_N)), kind="sincerity",
+        labels=("less", "more"), positive=1, source="tokens", contextual=False,
+    )  # fmt: skip
+    found = attended(given.lm, passages, critic, budget=BUDGET)
+    if method == "attention":
+        reward_B = np.array([one.reward for one in found])
+        above_B = reward_B - reward_B.mean()
+        return torch.tensor([[a * x for x in one.shares] for a, one in zip(above_B, found, strict=True)]), None
+    lacking = sum(one.defect for one in found) / sum(abs(one.change) for one in found)
+    return torch.tensor([one.scores for one in found]), lacking
 
 
 def decomposed(given: Task) -> torch.Tensor:
@@ -194,10 +245,10 @@ def deleted(score_BT: torch.Tensor, truth_BT: torch.Tensor) -> float:
     return gain / most
 
 
-def measure(seed: int, methods: Sequence[str], steps: int) -> list[dict[str, Any]]:
+def measure(seed: int, methods: Sequence[str], steps: int, kind: str) -> list[dict[str, Any]]:
     """One seed: a row a method."""
     lm = load_model("smollm2-135m-instruct")
-    given = task(lm, seed)
+    given = task(lm, seed, kind)
     print(f"seed {seed}: the head knows the sums to r = {given.fit:.2f} ({given.unseen:.2f} by folds)", file=sys.stderr)
     rows = []
     for method in methods:
@@ -250,6 +301,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--methods", default=",".join(METHODS), help="parted by commas: " + ", ".join(METHODS))
     parser.add_argument("--steps", type=int, default=8, help="points on the path of integrated gradients")
+    parser.add_argument("--task", choices=("prices", "sentiment"), default="prices")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     methods = given.methods.split(",")
@@ -258,7 +310,7 @@ def main() -> None:
     rows = [
         row
         for seed in range(given.first_seed, given.first_seed + given.seeds)
-        for row in measure(seed, methods, given.steps)
+        for row in measure(seed, methods, given.steps, given.task)
     ]
     print(json.dumps({"rows": rows}) if given.json else shown(rows))
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest_plugins = ["tests.tiny_world"]
+
 HERE = Path(__file__).parents[2] / "benchmarks"
 TRUTH_BT = torch.tensor([[3.0, -1.0, 0.0, 2.0], [0.5, 0.0, -2.0, 1.0]])
 
@@ -52,3 +54,35 @@ def test_the_table_has_a_line_a_method(bench: Any) -> None:
         "| prefix | 2 | +0.50 (+0.25, +0.75) | - | +0.50 (+0.50, +0.50) | 0.250 |",
         "| uniform | 1 | - | - | +0.50 | 0.250 |",
     ]
+
+
+def test_tokens_and_words_earn_what_was_set(bench: Any, tiny_lm: Any) -> None:
+    from types import SimpleNamespace
+
+    replies = [SimpleNamespace(tokens=(5, 5, 9)), SimpleNamespace(tokens=(5, 7))]
+    worth = bench.prices(replies, seed=3)
+    first, second, third = torch.randn(3, generator=torch.Generator().manual_seed(3)).tolist()
+    assert worth(replies[0]) == [first, first, second] and worth(replies[1]) == [first, third]
+    assert worth(SimpleNamespace(tokens=(8,))) == [0.0]
+    pytest.importorskip("vaderSentiment", reason="VADER is not installed")
+    reply = SimpleNamespace(tokens=tiny_lm.encode_reply("a happy lamp")[:-1])
+    found = bench.valences(tiny_lm)(reply)
+    assert len(found) == len(reply.tokens) and sum(found) == pytest.approx(2.7 / 4)
+
+
+def test_a_critics_contributions_are_complete_and_its_attention_is_weighed_by_the_reward(
+    bench: Any, tiny_lm: Any
+) -> None:
+    from types import SimpleNamespace
+
+    words = ("old", "new", "warm", "cold")
+    texts = [f"The {w} lamp {i}." for i in range(10) for w in words]
+    replies = [SimpleNamespace(text=t, tokens=tiny_lm.encode_reply(t)[:-1]) for t in texts]
+    others = [((1,), r, float("warm" in r.text or "new" in r.text)) for r in replies]
+    own = [replies[0], replies[4]]  # of one length, as the benchmark's are
+    given = bench.Task(tiny_lm, own, [(1,)] * 2, torch.zeros(2, 1), lambda x, _: x, 0.0, 0.0, others)
+    passages = [bench.Passage(r.text) for r in own]
+    scores, lacking = bench.by_critic("contribution", given, passages)
+    assert lacking < 1e-6 and scores.shape == (2, len(own[0].tokens))
+    weighed, none = bench.by_critic("attention", given, passages)
+    assert none is None and weighed.sum() == pytest.approx(0.0, abs=1e-4), "above and below the mean reward"

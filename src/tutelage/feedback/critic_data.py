@@ -347,7 +347,7 @@ class Reader:
             else:
                 sides = [[p.text for p in passages], *([[_last_turn(p) for p in passages]] if contextual else [])]
                 found[block] = sparse.hstack([_hashed(side) for side in sides], format="csr")
-        found["length"] = np.array([[math.log1p(len(p.text))] for p in passages])
+        found["length"] = np.array([math.log1p(len(p.text)) for p in passages]).reshape(-1, 1)
         return found
 
     def marks(self) -> dict[str, np.ndarray]:

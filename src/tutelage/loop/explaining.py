@@ -127,8 +127,8 @@ def attended(
     groups = laid_out(lm, passages if critic.contextual else [Passage(p.text) for p in passages], budget=budget)
     own = {row: tokens[:-1] for group in groups for row, tokens in zip(group.rows, group.completions, strict=True)}
     states = read_states(lm, groups, len(passages), budget=budget)
-    length_N = np.array([[math.log1p(len(p.text))] for p in passages])
-    logits_NL = critic.logits({"tokens": states, "length": length_N}).mean(0)
+    length_N1 = np.array([math.log1p(len(p.text)) for p in passages]).reshape(-1, 1)
+    logits_NL = critic.logits({"tokens": states, "length": length_N1}).mean(0)
     weight = float(critic.pool.weight_H[list(critic.heads).index("tokens.attention")])
     found = []
     for row, (share_MT, brought_MTL) in enumerate(head.looked(states)):
