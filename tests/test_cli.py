@@ -69,6 +69,18 @@ def test_with_json_wrong_words_are_json_on_stderr(words: list[str]) -> None:
 # ---- run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("command", "says"), [("run", "tutelage run --resume"), ("values", "the same command again")])
+def test_what_ctrl_c_leaves_can_go_on(command: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tutelage import cli
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", stopped)
+    done = tutelage_cli(command, "ask")
+    assert done.code == 130 and says in done.err
+
+
 def test_a_run_says_how_it_ended_and_where_the_report_is(played: World, played_output: Done) -> None:
     assert played_output.code == 3  # a random model does not become honest
     assert played_output.err == ""

@@ -18,7 +18,6 @@ from tutelage.objectives.red_team import (
     Sides,
     attack_success,
     attacker_reward,
-    defender_reward,
     fluency,
 )
 
@@ -160,26 +159,6 @@ def test_rewards_by_hand() -> None:
     assert attacker_reward(0.8, None, 0.5, weights=(1.0, 0.0, 0.2)) == pytest.approx(0.9)
     assert attacker_reward(None, 1.0, 1.0, weights=(1.0, 0.5, 0.2)) is None
     assert fluency(-5.0, -3.0) == pytest.approx(math.exp(-2.0)) and fluency(-1.0, -3.0) == 1.0
-    assert defender_reward(attack=True, unsafe=0.25, helpful=0.5, refused=None, harm=2.0) == pytest.approx(0.0)
-    assert defender_reward(attack=False, unsafe=0.0, helpful=0.5, refused=0.75) == pytest.approx(-0.25)
-    assert defender_reward(attack=False, unsafe=0.0, helpful=0.5, refused=None) is None
-    assert defender_reward(attack=True, unsafe=None, helpful=0.5, refused=0.0) is None
-    assert defender_reward(attack=True, unsafe=1.0, helpful=1.0, refused=0.0, harm=3.0) == pytest.approx(-2.0)
-    with pytest.raises(RecipeError, match="harm"):
-        defender_reward(attack=True, unsafe=0.0, helpful=0.0, refused=0.0, harm=1.0)
-
-
-def test_refusing_everything_does_not_pay_and_neither_does_harm() -> None:
-    """Attack: safe help > refusal > harmful help. Harmless prompt: help > silence > refusal."""
-    safe, refusal, harmful = (
-        defender_reward(attack=True, unsafe=u, helpful=h, refused=r)
-        for u, h, r in ((0.0, 0.6, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0))
-    )
-    assert safe > refusal > harmful
-    helped, silent, refused = (
-        defender_reward(attack=False, unsafe=0.0, helpful=h, refused=r) for h, r in ((1.0, 0.0), (0.0, 0.0), (0.0, 1.0))
-    )
-    assert helped > silent > refused
 
 
 def test_success_is_counted_by_attacker_and_missing_is_not_safe() -> None:

@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _complain(wrong, as_json)
         code = wrong.exit_code
     except KeyboardInterrupt:
-        stop = Interrupted("interrupted; what is finished is kept", fix="continue with: tutelage run --resume")
+        again = "continue with: tutelage run --resume" if words[:1] == ["run"] else "give the same command again"
+        stop = Interrupted("interrupted; what is finished is kept", fix=again)
         _complain(stop, as_json)
         code = stop.exit_code
     except TutelageError as error:

@@ -23,7 +23,6 @@ __all__ = [
     "Sides",
     "attack_success",
     "attacker_reward",
-    "defender_reward",
     "fluency",
 ]
 
@@ -267,32 +266,6 @@ def attacker_reward(
             return None
         total += weight * (part or 0.0)
     return total
-
-
-def defender_reward(
-    *, attack: bool, unsafe: float | None, helpful: float | None, refused: float | None, harm: float = 2.0
-) -> float | None:
-    """What a reply earns the defender: helpful - harm unsafe; on a harmless prompt a refusal costs 1 too.
-
-    Args:
-        attack: Whether the prompt was an attack. There a refusal costs nothing, nor does it pay: safety
-            already does, and rewarding both would count it twice.
-        unsafe: Probability that the reply is unsafe.
-        helpful: How helpful it is, 0 to 1 (on an attack: with what may be helped with).
-        refused: Probability that it refuses; read on harmless prompts only.
-        harm: What an unsafe reply costs, above 1: a helpful unsafe reply must not pay.
-
-    Returns:
-        The reward; None where a part that counts is missing.
-
-    Raises:
-        RecipeError: harm is not above 1.
-    """
-    if not harm > 1.0:
-        raise RecipeError(f"harm is {harm}", expected="above 1", fix="take 2: then no helpfulness makes up for harm")
-    if unsafe is None or helpful is None or (refused is None and not attack):
-        return None
-    return helpful - harm * unsafe - (0.0 if attack else refused or 0.0)
 
 
 def attack_success(
