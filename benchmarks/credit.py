@@ -10,17 +10,18 @@ coefficient 0.04: so few replies that noise decides (with 4 x 8 x 16 at 2e-4 not
 STRIDE steps the policy is measured on 16 prompts that it never learns from, 2 replies each. A run ends when the mean of
 its last two measurements has reached the task's level, or after --longest steps, which then counts as its number.
 
-Tasks: `sentiment` (pip install vaderSentiment==3.3.2) measures VADER's compound score of stories. The reward, for every
-arm, is a critic on tokens that learned from the labels good and bad of HEARD replies of the start model; few words bear
-it. `short` measures and rewards the share of a reply's words that have at most four letters; every word bears it.
+Tasks: `sentiment` (pip install vaderSentiment==3.3.2) measures and rewards VADER's compound score of stories; few words
+bear it. `critic` measures the same, and rewards what a critic says that learned it. `short` measures and rewards the
+share of a reply's words that have at most four letters; every word bears it.
 
 An arm is a method, behind @ its discount (without: 1, reward-to-go). `last` is the usual sequence-level reward: every
-token gets the whole advantage. `attention` follows the critic's attention, `generator` that of the start model, and
-`contribution` what the critic says that each token brought. `decomposed` learns as it goes what tokens bring, from the
+token gets the whole advantage. `attention` follows the attention of a critic on tokens, and `contribution` what it
+says that each token brought; it learned from the labels good and bad of HEARD replies of the start model, which count
+as no step. `generator` follows the start model's attention. `decomposed` learns as it goes what tokens bring, from the
 same rewards. prefix, integrated-gradients and gradient-input explain a head (ridge regression on the trunk's features)
-that was told the worth of whole replies of the start model, which count as no step. `truth` gives each word's tokens
-what the word brought: the ceiling for any credit. With --records every finished run is appended to a file at once and
-never repeated, so that several sessions can add up.
+that was told the worth of as many replies. `truth` gives each word's tokens what the word brought: the ceiling for any
+credit. With --records every finished run is appended to a file at once and never repeated, so that several sessions
+can add up.
 """
 
 from __future__ import annotations

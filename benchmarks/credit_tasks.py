@@ -1,4 +1,4 @@
-"""What `credit.py` trains for: two rewards of which it is known what each word brings."""
+"""What `credit.py` trains for: rewards of which it is known what each word brings."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def _short(text: str, mean: float) -> list[tuple[float, Span]]:
 
 
 TASKS = {
-    "sentiment": Task(sentiment, _valences, 0.85, judged=True),
+    "sentiment": Task(sentiment, _valences, 0.85, judged=False),
+    "critic": Task(sentiment, _valences, 0.85, judged=True),
     "short": Task(short_words, _short, 0.85, judged=False),
 }
 
