@@ -70,7 +70,10 @@ def play(arm: str, seed: int, runs: Path) -> dict[str, Any]:
 
 
 def copy_start(source: Path, target: Path, recipe: str) -> None:
-    """A run that has the source's units up to the supervised stage, and nothing after."""
+    """A run that has the source's units up to the supervised stage, and of what came after the start model's answers.
+
+    Those are the same in every run, so they are not drawn again.
+    """
     target.mkdir(parents=True)
     (target / "checkpoints").mkdir()
     shutil.copytree(source / "checkpoints" / "r0", target / "checkpoints" / "r0")
@@ -83,6 +86,10 @@ def copy_start(source: Path, target: Path, recipe: str) -> None:
         column = "name" if table == "units" else "unit"
         query = f"SELECT * FROM {table} WHERE {column} IN ('start', 'supervised')"  # noqa: S608 (names from the file)
         rows = old.execute(query).fetchall()
+        if table == "outcomes":
+            names = [name for _, name, *_ in old.execute("PRAGMA table_info(outcomes)")]
+            kept = old.execute("SELECT * FROM outcomes WHERE unit = 'final' AND version = 'start'").fetchall()
+            rows += [tuple("start" if n == "unit" else v for n, v in zip(names, row, strict=True)) for row in kept]
         if rows:
             holes = ",".join("?" * len(rows[0]))
             new.executemany(f"INSERT INTO {table} VALUES ({holes})", rows)  # noqa: S608
