@@ -78,7 +78,7 @@ class Way:
     task: Task
     method: str
     discount: float
-    critic: TextCritic | None = None  # whose reward it is, where the task is judged
+    critic: TextCritic | None = None  # which credit follows; where the task is judged the reward is its, too
     head: Reward | Decomposition | None = None
 
     @property
@@ -88,7 +88,7 @@ class Way:
 
     def rewards(self, lm: Any, replies: Any) -> torch.Tensor:
         """(P, G)."""
-        if self.critic is None:
+        if self.critic is None or not self.task.judged:
             return torch.tensor([[self.task.worth(r.text) for r in group] for group in replies])
         shown = [Passage(r.text) for group in replies for r in group]
         said = self.critic.score_features(Reader("tokens", lm).read(shown, contextual=False))

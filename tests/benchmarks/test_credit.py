@@ -105,6 +105,15 @@ def test_each_word_is_known_to_bring_its_part(bench, tiny_lm) -> None:
     assert good > plain == 0.0 > bad and bench.TASKS["sentiment"].worth("happy") > 0.5
 
 
+def test_a_critic_gives_credit_and_where_the_task_says_so_the_reward(bench) -> None:
+    from types import SimpleNamespace
+
+    replies = [[SimpleNamespace(text="a big elephant"), SimpleNamespace(text="hippopotamus")]]
+    way = bench.Way(bench.TASKS["short"], "attention", 0.0, critic=object())
+    assert way.rewards(None, replies).tolist() == [[pytest.approx(2 / 3), 0.0]]
+    assert [name for name, task in bench.TASKS.items() if task.judged] == ["critic"]
+
+
 def test_bad_words_and_lines_are_refused(bench, played, monkeypatch, capsys, tmp_path) -> None:
     for words in (["--arms", "latest"], ["--arms", "last@2"], ["--table"], ["--task", "long"]):
         with pytest.raises(SystemExit):
