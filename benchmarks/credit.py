@@ -68,7 +68,7 @@ POINTS = 8  # on the path of integrated gradients
 PROMPTS, SAMPLES, TOKENS, RATE, STRIDE, BUDGET = 2, 4, 32, 4e-4, 4, 640
 ARMS = ("last", "uniform", "attention", "attention@0", "contribution@0")
 SHARE = 0.8  # of the advantage that is spread; the recipe's
-_CRITICS: dict[int, TextCritic] = {}
+_CRITICS: dict[tuple[str, int], TextCritic] = {}
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ class Way:
 
     def rewards(self, lm: Any, replies: Any) -> torch.Tensor:
         """(P, G)."""
-        if self.critic is None or not self.task.judged:
+        if not self.task.judged:
             return torch.tensor([[self.task.worth(r.text) for r in group] for group in replies])
         shown = [Passage(r.text) for group in replies for r in group]
         said = self.critic.score_features(Reader("tokens", lm).read(shown, contextual=False))
@@ -107,10 +107,10 @@ def run(arm: str, seed: int, *, task: str, level: float, longest: int) -> dict[s
     settings = SamplerSettings(1.0, max_new_tokens=TOKENS)
     learned, unseen = asked(questions(PROMPTS)), asked([f"Tell me a tale about {topic}." for topic in TOPICS])
     if way.task.judged or method in BY_CRITIC:
-        if seed not in _CRITICS:
+        if (task, seed) not in _CRITICS:
             with adapter.off():
-                _CRITICS[seed] = critic_of(way.task, lm, completer, seed, TOKENS)
-        way.critic = _CRITICS[seed]
+                _CRITICS[task, seed] = critic_of(way.task, lm, completer, seed, TOKENS)
+        way.critic = _CRITICS[task, seed]
     if method == "decomposed":
         way.head = Decomposition(lm.head_VD.shape[1])
     elif method in get_args(SignedMethod):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,12 +87,15 @@ def heard(completer: LocalCompleter, seed: int, tokens: int, count: int = HEARD)
 
 def critic_of(task: Task, lm: Any, completer: LocalCompleter, seed: int, tokens: int) -> TextCritic:
     """A critic on tokens that learned from labels, good or bad, of whole replies of the start model."""
-    reader, shown = Reader("tokens", lm), heard(completer, seed, tokens)
-    worth_N = np.array([task.worth(p.text) for p in shown])
-    clear_N = np.flatnonzero(np.abs(worth_N) >= 0.05)  # as VADER's authors draw the lines
-    features = reader.read([shown[n] for n in clear_N], contextual=False)
-    labels_N = (worth_N[clear_N] > 0).astype(np.int64)
+    told = [(shown, task.worth(shown.text)) for shown in heard(completer, seed, tokens)]
+    clear = [(shown, worth > 0) for shown, worth in told if abs(worth) >= 0.05]  # as VADER's authors draw the lines
+    return fit_critic(lm, [shown for shown, _ in clear], [good for _, good in clear], seed=seed)
+
+
+def fit_critic(lm: Any, passages: Sequence[Passage], good: Sequence[bool], *, seed: int = 0) -> TextCritic:
+    """A critic on tokens of texts that are good or not."""
+    features = Reader("tokens", lm).read(passages, contextual=False)
     return TextCritic.fit(
-        features, labels_N, clear_N, kind="sincerity", labels=("bad", "good"), positive=1, source="tokens",
-        contextual=False, seed=seed,
+        features, np.array(good, np.int64), np.arange(len(good)), kind="sincerity", labels=("bad", "good"),
+        positive=1, source="tokens", contextual=False, seed=seed,
     )  # fmt: skip

@@ -37,7 +37,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from credit_tasks import TASKS
+from credit_tasks import TASKS, fit_critic
 from grpo_vs_trl import TOPICS, endless
 
 from tutelage.credit import tokens as credit
@@ -48,9 +48,8 @@ from tutelage.engines.features import reply_states
 from tutelage.engines.load import load_model
 from tutelage.engines.local import LocalCompleter
 from tutelage.engines.packing import Group
-from tutelage.feedback.critic_data import Passage, Reader, read_passages
+from tutelage.feedback.critic_data import Passage, read_passages
 from tutelage.feedback.critic_reward import Reward
-from tutelage.feedback.text_critic import TextCritic
 from tutelage.loop.explaining import SignedMethod, attended, explain, onto
 from tutelage.policy.learner import score
 from tutelage.records import Generation, Message, Prompt, SamplerSettings
@@ -190,11 +189,8 @@ def scores_of(method: str, given: Task, steps: int) -> tuple[torch.Tensor, float
 def by_critic(method: str, given: Task, passages: Sequence[Passage]) -> tuple[torch.Tensor, float | None]:
     """Where a critic looks that was told which of the others earn more, or what it says each token brought."""
     sums_N = np.array([one for *_, one in given.others])
-    features = Reader("tokens", given.lm).read([Passage(r.text) for _, r, _ in given.others], contextual=False)
-    critic = TextCritic.fit(
-        features, (sums_N > np.median(sums_N)).astype(np.int64), np.arange(len(sums_N)), kind="sincerity",
-        labels=("less", "more"), positive=1, source="tokens", contextual=False,
-    )  # fmt: skip
+    told = [Passage(r.text) for _, r, _ in given.others]
+    critic = fit_critic(given.lm, told, (sums_N > np.median(sums_N)).tolist())
     found = attended(given.lm, passages, critic, budget=BUDGET)
     if method == "attention":
         reward_B = np.array([one.reward for one in found])

@@ -87,9 +87,8 @@ def copy_start(source: Path, target: Path, recipe: str) -> None:
         query = f"SELECT * FROM {table} WHERE {column} IN ('start', 'supervised')"  # noqa: S608 (names from the file)
         rows = old.execute(query).fetchall()
         if table == "outcomes":
-            names = [name for _, name, *_ in old.execute("PRAGMA table_info(outcomes)")]
-            kept = old.execute("SELECT * FROM outcomes WHERE unit = 'final' AND version = 'start'").fetchall()
-            rows += [tuple("start" if n == "unit" else v for n, v in zip(names, row, strict=True)) for row in kept]
+            kept = old.execute("SELECT * FROM outcomes WHERE unit = 'final' AND version = 'start'")
+            rows += [("start", *row[1:]) for row in kept]  # a row begins with its unit
         if rows:
             holes = ",".join("?" * len(rows[0]))
             new.executemany(f"INSERT INTO {table} VALUES ({holes})", rows)  # noqa: S608

@@ -226,13 +226,12 @@ def test_a_run_follows_its_critics_attention(
     (metrics,) = [m["values"] for m in world.rows("metrics", stage="credit")]
     assert metrics["explained"] > 0 and metrics.get("defect", 0.0) < 1e-5
     whole = credits(world, "one")
-    for n, other in enumerate(("credit.beta=0.3", "credit.drop_sinks=all", "credit.discount=0")):
-        assert credits(play(world, *settings, other, name=f"o{n}"), f"o{n}") != whole or "discount" in other, other
+    for n, other in enumerate(("credit.beta=0.3", "credit.drop_sinks=all")):
+        assert credits(play(world, *settings, other, name=f"o{n}"), f"o{n}") != whole, other
+    assert credits(play(world, *settings, "credit.discount=0", name="o2"), "o2") == whole
     if method == "attention":
         assert credits(play(world, *settings[::2], name="own"), "own") != whole, "that of the model itself"
-    for name in ("one", "o2"):
-        assert world.rows("credits", name)
-    assert world.weights("one") != world.weights("o2"), "a discount changes what is learned"
+    assert rows and world.weights("one") != world.weights("o2"), "a discount changes what is learned"
 
 
 def test_options_change_the_credit(new_world: Callable[..., World], critics: dict[str, Path]) -> None:

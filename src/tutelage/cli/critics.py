@@ -26,9 +26,7 @@ def train(
     ],
     features: Annotated[
         Literal["trunk", "encoder", "both", "words", "tokens"],
-        help_(
-            "what it reads: a model's hidden states, embeddings, both, words; tokens: states one by one, with attention"
-        ),
+        help_("what it reads: a model's hidden states, embeddings, words; tokens: attention over states"),
     ] = "both",
     positive: Annotated[str | None, help_("label that is looked for (default: the kind's own word)")] = None,
     model: Annotated[str | None, help_("language model whose hidden states are read")] = None,

@@ -116,10 +116,6 @@ class Attentive:
                 n = int(states.lengths[row])
                 yield share_BTK[b, :n].T.double().numpy(), brought_BTKL[b, :n].transpose(0, 1).double().numpy()
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """By field, as `Attentive(**tensors)` takes them."""
-        return {f.name: np.ascontiguousarray(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:

@@ -31,7 +31,7 @@ from tutelage.records import Message, Prompt
 
 __all__ = [
     "BLOCKS", "Block", "Features", "LabelledPassages", "Pairs", "Passage", "Reader", "Source",
-    "families", "laid_out", "read_dialogues", "read_labelled_passages", "read_pairs", "read_passages",
+    "families", "laid_out", "log_lengths", "read_dialogues", "read_labelled_passages", "read_pairs", "read_passages",
     "read_texts",
 ]  # fmt: skip
 
@@ -43,6 +43,7 @@ BLOCKS: Mapping[str, tuple[str, ...]] = {
     "words": ("words",),
     "tokens": ("tokens",),
 }
+_BY_TRUNK = {"trunk", "tokens"}  # blocks that a language model reads
 Block: TypeAlias = Any  # a matrix of numpy, or of scipy (csr), which has no types; or TokenStates
 Features = dict[str, Block]
 
@@ -311,7 +312,7 @@ class Reader:
     def __init__(self, source: Source, lm: LanguageModel | None = None, encoder: Encoder | None = None) -> None:
         if source not in BLOCKS:
             raise InputError(f"source '{source}'", expected=", ".join(BLOCKS), fix="choose one of these")
-        for block, model in (("trunk", lm), ("tokens", lm), ("encoder", encoder)):
+        for block, model in (*((block, lm) for block in _BY_TRUNK), ("encoder", encoder)):
             if block in BLOCKS[source] and model is None:
                 raise ModelError(f"source '{source}' without its {block}", expected=f"a model to read the {block}")
         self.source: Source = source
@@ -325,7 +326,7 @@ class Reader:
         blocks = BLOCKS.get(source, ())
         return cls(
             source,
-            load_model(model) if {"trunk", "tokens"} & set(blocks) else None,
+            load_model(model) if _BY_TRUNK & set(blocks) else None,
             Encoder(encoder) if "encoder" in blocks else None,
         )
 
@@ -347,17 +348,22 @@ class Reader:
             else:
                 sides = [[p.text for p in passages], *([[_last_turn(p) for p in passages]] if contextual else [])]
                 found[block] = sparse.hstack([_hashed(side) for side in sides], format="csr")
-        found["length"] = np.array([math.log1p(len(p.text)) for p in passages]).reshape(-1, 1)
+        found["length"] = log_lengths(passages)
         return found
 
     def marks(self) -> dict[str, np.ndarray]:
         """What tells these models from others: numbers that a critic keeps beside its heads."""
         found = {}
-        if self.lm is not None and {"trunk", "tokens"} & set(BLOCKS[self.source]):
+        if self.lm is not None and _BY_TRUNK & set(BLOCKS[self.source]):
             found["trunk"] = np.frombuffer(self.lm.fingerprint.encode(), np.uint8).astype(np.float32)
         if "encoder" in BLOCKS[self.source] and self.encoder is not None:
             found["encoder"] = self.encoder.embed(["What is the name of the encoder that reads this?"])[0].numpy()
         return found
+
+
+def log_lengths(passages: Sequence[Passage]) -> np.ndarray:
+    """(N, 1) natural logarithm of one plus the characters of each text."""
+    return np.array([math.log1p(len(p.text)) for p in passages]).reshape(-1, 1)
 
 
 def _last_turn(passage: Passage) -> str:

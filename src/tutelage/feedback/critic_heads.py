@@ -104,10 +104,6 @@ class Linear:
         """(members, rows, labels) centred logits."""
         return np.stack([centred(x_NF @ w + b) for w, b in zip(self.weight_MFL, self.bias_ML, strict=True)])
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """By field, as `Linear(**tensors)` takes them."""
-        return {"weight_MFL": np.ascontiguousarray(self.weight_MFL), "bias_ML": np.ascontiguousarray(self.bias_ML)}
-
 
 def centred(logits_NL: np.ndarray) -> np.ndarray:
     """Logits that sum to zero over the labels; one column of log-odds becomes two."""

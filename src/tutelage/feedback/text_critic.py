@@ -283,7 +283,11 @@ class TextCritic:
         return digest.hexdigest()[:16]
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        found = {f"head.{name}.{f}": t for name, head in self.heads.items() for f, t in head.tensors().items()}
+        found = {
+            f"head.{name}.{f.name}": getattr(head, f.name)
+            for name, head in self.heads.items()
+            for f in dataclasses.fields(head)
+        }
         found |= {f"pool.{f.name}": getattr(self.pool, f.name) for f in dataclasses.fields(Pool)}
         found |= {f"mark.{name}": mark for name, mark in self.marks.items()}
         return {name: np.ascontiguousarray(tensor) for name, tensor in found.items()}

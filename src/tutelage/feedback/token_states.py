@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,11 +35,11 @@ class TokenStates:
         return len(self.end_N)
 
     def __getitem__(self, rows_N: np.ndarray) -> TokenStates:
-        starts_N, length_N = self._starts()[rows_N], self.lengths[rows_N]
+        starts_N, length_N = self._starts[rows_N], self.lengths[rows_N]
         place_S = np.concatenate([np.arange(a, a + n) for a, n in zip(starts_N, length_N, strict=True)])
         return TokenStates(self.state_SF[place_S], length_N.cumsum())
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """(N,) tokens."""
         return np.diff(self.end_N, prepend=0)
@@ -47,7 +48,7 @@ class TokenStates:
         """(B, T, F) float32 states of some texts, and (B, T) True where there is a token."""
         length_N = self.lengths[rows_N]
         keep_BT = np.arange(length_N.max()) < length_N[:, None]
-        place_BT = np.where(keep_BT, self._starts()[rows_N][:, None] + np.arange(keep_BT.shape[1]), 0)
+        place_BT = np.where(keep_BT, self._starts[rows_N][:, None] + np.arange(keep_BT.shape[1]), 0)
         return torch.from_numpy(self.state_SF[place_BT]).float(), torch.from_numpy(keep_BT)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
@@ -64,6 +65,7 @@ class TokenStates:
             square_F += ((self.state_SF[start : start + 4096] - mean_F) ** 2).sum(0)
         return mean_F, np.sqrt(square_F / len(self.state_SF)) + 1e-6
 
+    @functools.cached_property
     def _starts(self) -> np.ndarray:
         starts: np.ndarray = self.end_N - self.lengths
         return starts

@@ -16,7 +16,7 @@ from tutelage.credit.spans import Span, align, token_spans
 from tutelage.engines.load import LanguageModel
 from tutelage.errors import ModelError
 from tutelage.feedback.attentive import Attentive
-from tutelage.feedback.critic_data import Passage, laid_out
+from tutelage.feedback.critic_data import Passage, laid_out, log_lengths
 from tutelage.feedback.critic_heads import centred
 from tutelage.feedback.critic_reward import Reward, prefixes, spelled, value_of_embeddings
 from tutelage.feedback.text_critic import TextCritic, log_odds
@@ -127,8 +127,7 @@ def attended(
     groups = laid_out(lm, passages if critic.contextual else [Passage(p.text) for p in passages], budget=budget)
     own = {row: tokens[:-1] for group in groups for row, tokens in zip(group.rows, group.completions, strict=True)}
     states = read_states(lm, groups, len(passages), budget=budget)
-    length_N1 = np.array([math.log1p(len(p.text)) for p in passages]).reshape(-1, 1)
-    logits_NL = critic.logits({"tokens": states, "length": length_N1}).mean(0)
+    logits_NL = critic.logits({"tokens": states, "length": log_lengths(passages)}).mean(0)
     weight = float(critic.pool.weight_H[list(critic.heads).index("tokens.attention")])
     found = []
     for row, (share_MT, brought_MTL) in enumerate(head.looked(states)):

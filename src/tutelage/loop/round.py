@@ -55,8 +55,7 @@ def play_round(bench: Workbench, prompts: Sequence[Prompt], unit: Unit, number: 
     bench.progress.figures(cost=seen["cost"], multiplier=bench.multiplier.value, abstains=seen["share_abstains"])
 
     spreads = bench.choice.family == "gradient"  # pairs teach by whole replies, marks by their own tokens
-    how = bench.recipe.credit
-    own = spreads and how.method == "attention" and not how.judge
+    own = spreads and bench.recipe.credit.method == "attention" and not bench.recipe.credit.explains
     scores = bench.frozen_scores(prompts, replies_PG, attention=own)
     drawn = rescore(bench, prompts, replies_PG, unit, number)
     advantage_PG = advantages(bench, rewards_PG, replies_PG, scores, drawn)

@@ -206,7 +206,7 @@ class _Work:
                 * max(how.depth, 1.0 / self.speeds.layers)
                 * self.forward(prompts * self.speeds.prompt + replies * length)
             )
-        if how.method in ("attention", "contribution"):
+        if how.reads == "tokens":
             return _ATTENDED * self.forward(prompts * self.speeds.prompt + replies * length)
         if how.method == "prefix":
             return self.forward(prompts * self.speeds.prompt + 2 * replies * length)
