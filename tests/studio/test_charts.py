@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tutelage.studio.charts import (
     difference_chart,
+    level,
     level_chart,
     line_chart,
     nice_ticks,
@@ -61,6 +62,10 @@ def test_shares_and_differences():
     assert points(-0.651) == "−65.1"
     assert points(0.08) == "+8.0"
     assert points(-0.0001) == "0.0"
+    assert (level(0.256), level(0.256, digits=0), level(None, share=False)) == ("25.6%", "26%", "–")
+    # A reward is no share: neither percent nor points.
+    assert (level(-0.174, share=False), level(-0.001, share=False)) == ("−0.17", "0.00")
+    assert (points(0.336, share=False), points(-0.001, share=False)) == ("+0.34", "0.00")
 
 
 @given(finite, finite)
@@ -114,6 +119,14 @@ def test_shape_tells_what_colour_tells():
     root = inside(difference_chart(rows))
     marks = [(e.tag, e.get("class")) for e in root.iter() if "mark" in e.get("class", "")]
     assert marks == [("circle", "mark better"), ("path", "mark worse"), ("circle", "mark unclear")]
+
+
+def test_difference_of_rewards_has_their_unit():
+    root = inside(difference_chart([Measure("s", "reward", -0.17, 0.17, 0.23, 0.44, 310)]))
+    assert root.get("aria-label") == "Differences. Reward: +0.34, 95% from +0.23 to +0.44"
+    texts = [e.text for e in root.iter("text")]
+    assert "after − before" in texts
+    assert "+0.2" in texts  # a tick
 
 
 @given(st.lists(st.integers(0, 500), min_size=4, max_size=4))

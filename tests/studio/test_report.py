@@ -149,6 +149,19 @@ def test_what_got_worse_is_shown_beside_what_got_better(whole):
     assert any("Jonas Halvorsen will win it." in s and "✕ made it up" in s for s in seen)
 
 
+def test_a_reward_is_shown_in_its_own_unit_beside_shares(story):
+    run = story().whole()
+    data = gather(run)
+    rewarded = dataclasses.replace(data.measures[0], metric="reward", before=-0.17, after=0.17, low=0.23, high=0.44)
+    page = Page(render(dataclasses.replace(data, measures=(rewarded, *data.measures))))
+    assert "reward −0.17 → 0.17" in page.seen
+    assert "−17" not in page.seen
+    assert "Difference, shares in points" in page.seen
+    charts = [svg.get("aria-label", "") for svg in page.all("svg")]
+    assert any(said.startswith("Differences. Reward: +0.34") for said in charts)
+    assert not any(said.startswith("Before and after.") and "Reward" in said for said in charts)
+
+
 def test_verdicts_carry_reasons_and_sums_and_never_turn_silence_into_zero(whole):
     page, text, _ = whole
     assert "abstained: the most likely kind of question" in page.seen

@@ -12,6 +12,7 @@ from tutelage.studio.wording import outcome_label
 
 __all__ = [
     "difference_chart",
+    "level",
     "level_chart",
     "line_chart",
     "nice_ticks",
@@ -41,12 +42,20 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "\u2013" if value is None else f"{value * 100:.{digits}f}".replace("-", "\u2212") + "%"
 
 
-def points(value: float | None) -> str:
-    """A difference of shares in percentage points, with its sign."""
+def level(value: float | None, share: bool = True, digits: int = 1) -> str:
+    """A measure before or after: a share in percent, else the number with two digits."""
+    if share or value is None:
+        return percent(value, digits)
+    return f"{round(value, 2) or 0.0:.2f}".replace("-", "\u2212")
+
+
+def points(value: float | None, share: bool = True) -> str:
+    """A difference with its sign: of shares in percentage points, else as it is."""
     if value is None:
         return "\u2013"
-    rounded = round(value * 100, 1)
-    return f"{rounded:+.1f}".replace("-", "\u2212") if rounded else "0.0"
+    digits = 1 if share else 2
+    rounded = round(value * 100 if share else value, digits) or 0.0
+    return f"{rounded:{'+' if rounded else ''}.{digits}f}".replace("-", "\u2212")
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
@@ -118,22 +127,28 @@ def level_chart(rows: Sequence[Measure]) -> Markup:
 
 
 def difference_chart(rows: Sequence[Measure]) -> Markup:
-    """After minus before of each measure with its interval, in percentage points around zero."""
+    """After minus before of each measure with its interval, around zero.
+
+    The rows share an axis: either all are shares, in percentage points, or none is.
+    """
+    share = all(row.share for row in rows)
+    unit = 100.0 if share else 1.0
     known = [v for r in rows for v in (r.low, r.high, r.difference) if v is not None]
     low, high = min([0.0, *known]), max([0.0, *known])
     pad = 0.06 * (high - low) or 0.05
     low, high = low - pad, high + pad
-    ticks = [round(t * 100, 6) for t in nice_ticks(low, high, 5) if low <= t <= high]
+    ticks = [round(t * unit, 6) for t in nice_ticks(low, high, 5) if low <= t <= high]
     left, right, bottom = 12.0, _WIDTH - 12.0, _TOP + _ROW * len(rows)
 
-    def place(share: float) -> float:
-        return left + (right - left) * (share - low) / (high - low)
+    def place(value: float) -> float:
+        return left + (right - left) * (value - low) / (high - low)
 
     parts = []
     for t in ticks:
-        parts.append(_line(place(t / 100), _TOP + 16, place(t / 100), bottom, "zero" if t == 0 else "grid"))
-        parts.append(_text(place(t / 100), bottom + 15, f"{t:+g}".replace("-", "\u2212") if t else "0"))
-    parts.append(_text((left + right) / 2, bottom + 31, "after \u2212 before, percentage points", "axis"))
+        parts.append(_line(place(t / unit), _TOP + 16, place(t / unit), bottom, "zero" if t == 0 else "grid"))
+        parts.append(_text(place(t / unit), bottom + 15, f"{t:+g}".replace("-", "\u2212") if t else "0"))
+    axis = "after \u2212 before" + (", percentage points" if share else "")
+    parts.append(_text((left + right) / 2, bottom + 31, axis, "axis"))
     spoken = []
     for i, row in enumerate(rows):
         y, kind = _TOP + _ROW * i + 30.0, _class(row)
@@ -143,8 +158,10 @@ def difference_chart(rows: Sequence[Measure]) -> Markup:
             parts += [_line(place(end), y - 5, place(end), y + 5, f"interval {kind}") for end in (row.low, row.high)]
         if row.difference is not None:
             parts.append(_mark(place(row.difference), y, kind))
-        spoken.append(f"{row.label}: {points(row.difference)}, 95% from {points(row.low)} to {points(row.high)}")
-    return _svg(_WIDTH, int(bottom) + 38, "Differences in percentage points. " + "; ".join(spoken), parts)
+        said, least, most = (points(v, share) for v in (row.difference, row.low, row.high))
+        spoken.append(f"{row.label}: {said}, 95% from {least} to {most}")
+    title = "Differences in percentage points. " if share else "Differences. "
+    return _svg(_WIDTH, int(bottom) + 38, title + "; ".join(spoken), parts)
 
 
 def _class(row: Measure) -> str:

@@ -29,7 +29,7 @@ _OUTCOMES = ("correct", "abstained", "asked_back", "wrong")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measure:
-    """One measured share before and after; `low` and `high` bound the difference after - before."""
+    """One measure before and after; `low` and `high` bound the difference after - before."""
 
     suite: str
     metric: str
@@ -46,8 +46,13 @@ class Measure:
 
     @property
     def meaning(self) -> str:
-        """Share of what."""
+        """Share of what, or in which unit."""
         return metric(self.metric).meaning
+
+    @property
+    def share(self) -> bool:
+        """From 0 to 1, shown in percent."""
+        return metric(self.metric).share
 
     @property
     def difference(self) -> float | None:

@@ -61,6 +61,7 @@ def _environment() -> Environment:
     environment.filters.update(
         number=charts.number,
         percent=charts.percent,
+        level=charts.level,
         points=charts.points,
         plain=wording.plain,
         duration=_duration,

@@ -26,11 +26,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metric:
-    """A measured share in plain words; `better` is +1 when more is better, -1 when less is, 0 unknown."""
+    """A measure in plain words; `better` is +1 when more is better, -1 when less is, 0 unknown."""
 
     label: str
     better: int
     meaning: str
+    share: bool = True  # from 0 to 1, shown in percent
 
 
 METRICS: Mapping[str, Metric] = {
@@ -43,7 +44,10 @@ METRICS: Mapping[str, Metric] = {
     "asked_back_ambiguous": Metric("Asked back where the question was unclear", +1, "share of ambiguous questions"),
     "accuracy_answered": Metric("Right when it does answer", +1, "share of the answerable questions it answered"),
     "reward": Metric(
-        "Reward", +1, "mean over prompts, by the run's own judges; 100% is a standard deviation within a group"
+        "Reward",
+        +1,
+        "mean over prompts, by the run's own judges, in standard deviations within a group of replies",
+        share=False,
     ),
     "pairs_reward": Metric(
         "Moved towards the better reply", +1, "share of held-out pairs; against the start model, half by definition"
