@@ -239,19 +239,22 @@ def groups_of(lm: Any, adapter: Any, prompts: Sequence[Prompt], replies: Any, wa
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> str:
-    """A line a method: steps as median, quartiles and worst, and times fewer than `last` seed by seed; KL."""
-    heads = ("credit", "seeds", "steps to the level", "worst", "reached", "times fewer than last", "KL a token")
+    """A line a method: steps as median, quartiles and worst, and times fewer than others' seed by seed; KL."""
+    others = [arm for arm in ("last", "uniform") if any(r["arm"] == arm for r in rows)]
+    fewer = [f"times fewer than {arm}" for arm in others]
+    heads = ("credit", "seeds", "steps to the level", "worst", "reached", *fewer, "KL a token")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    last = {r["seed"]: r["steps"] for r in rows if r["arm"] == "last"}
+    taken = {(r["arm"], r["seed"]): r["steps"] for r in rows}
     for arm in dict.fromkeys(r["arm"] for r in rows):
         own = [r for r in rows if r["arm"] == arm]
         steps = [r["steps"] for r in own]
         kl = statistics.median(r["kl"] for r in own)
         reached = sum(r["reached"] for r in own)
-        lines.append(
-            f"| {arm} | {len(own)} | {spread(steps, 'g')} | {max(steps)} | {reached}/{len(own)} | "
-            f"{spread([last[r['seed']] / r['steps'] for r in own if r['seed'] in last], '.2f')} | {kl:.2f} |"
-        )
+        ratios = [
+            spread([taken[o, r["seed"]] / r["steps"] for r in own if (o, r["seed"]) in taken], ".2f") for o in others
+        ]
+        cells = (arm, str(len(own)), spread(steps, "g"), str(max(steps)), f"{reached}/{len(own)}", *ratios, f"{kl:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

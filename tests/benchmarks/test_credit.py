@@ -55,6 +55,12 @@ def test_finished_runs_are_written_down_and_not_repeated(bench, played, monkeypa
     assert len(played) == 6
     assert "| last | 2 | 12.5 (12.25 to 12.75) | 13 | 2/2 | 1.00 (1.00 to 1.00) | 0.10 |" in shown
     assert "| decomposed@0 | 2 |" in shown
+    assert "uniform" not in shown
+    call(bench, monkeypatch, capsys, "--records", records, "--first-seed", "5", "--seeds", "1", "--arms", "uniform")
+    shown = call(bench, monkeypatch, capsys, "--records", records, "--table")
+    assert "times fewer than last | times fewer than uniform |" in shown
+    # Seed by seed: nothing is said of a seed that only one of them has played.
+    assert "| uniform | 1 | 15 | 15 | 1/1 | - | 1.00 | 0.10 |" in shown
 
 
 def test_other_settings_are_other_runs(bench, played, monkeypatch, capsys, tmp_path) -> None:
